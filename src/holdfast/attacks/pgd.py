@@ -1,0 +1,159 @@
+"""PGD: projected gradient descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.base import InnerLoss, input_gradient, require_steepest
+from holdfast.errors import HoldfastError
+from holdfast.forward import STATISTICS, Attacked, Batch, Statistics, View
+from holdfast.keyed_random import Key
+from holdfast.schedule import Progress, Scalar, as_scalar, value_at
+from holdfast.threat import ThreatModel, parse_epsilon
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD:
+    r"""Projected gradient descent: repeated steps uphill, each projected back into the ball.
+
+    .. math:: x^{t+1} = \Pi_{B(x)}\bigl(x^t + \alpha\, s(\nabla_{x^t} \ell(f(x^t), y))\bigr)
+
+    with :math:`s` the sign for Linf and the gradient divided by its length for L2.
+
+    Args:
+        steps: K >= 0.
+        step_size: α in pixel scale, or a schedule; None is a quarter of epsilon (2/255 at 8/255).
+        random_start: Begin at a uniform point of the ball instead of at x.
+        restarts: Independent searches; every row keeps the one whose last point has the largest loss, and with
+            `early_stop` one that is misclassified before any that is not.
+        early_stop: None, or the number τ of steps that a row still takes after it is first misclassified (0: it stops
+            there). Without BatchNorm's batch statistics, rows that have stopped are no longer computed.
+        statistics: How BatchNorm normalises during the search; see `View`.
+
+    Shapes:
+        x: (B, C, H, W); steps_survived: (B,) in 0 … K, over all points at which a gradient was taken.
+    Units:
+        Pixels in [0, 1].
+    Raises:
+        HoldfastError: a setting is out of range, or the norm is L1.
+    Source: Madry et al., ICLR 2018, arXiv:1706.06083, eq. in section 2.1.
+    Differs from the reference: noise is keyed by seed, epoch and image, not drawn from a sequence.
+
+    Example:
+        >>> from holdfast.functional import cross_entropy
+        >>> from holdfast.threat import Linf
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+        >>> batch = Batch(torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]))
+        >>> found = PGD(steps=3)(View(model), batch, lambda f: cross_entropy(f, batch.y), threat=Linf(0.1))
+        >>> bool(Linf(0.1).contains(found.x_adv, batch.x).all())
+        True
+    """
+
+    steps: int = 10
+    step_size: Scalar | str | None = None
+    random_start: bool = True
+    restarts: int = 1
+    early_stop: int | None = None
+    statistics: Statistics = "eval"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.step_size, str):
+            object.__setattr__(self, "step_size", parse_epsilon(self.step_size))
+        if self.step_size is not None:
+            object.__setattr__(self, "step_size", as_scalar("step_size", self.step_size, minimum=0))  # type: ignore[arg-type]  # no text any more
+            if isinstance(self.step_size, float):
+                parse_epsilon(self.step_size)
+        for name, least in (("steps", 0), ("restarts", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise HoldfastError(f"{name} is {value!r}: give a whole number of at least {least}")
+        if self.early_stop is not None and self.early_stop < 0:
+            raise HoldfastError(f"early_stop is {self.early_stop}: give the number of further steps, 0 or more, or none")
+        if self.statistics not in STATISTICS:
+            raise HoldfastError(f"statistics {self.statistics!r} is unknown: use one of {', '.join(STATISTICS)}")
+
+    def passes(self) -> float:
+        """K forwards and K backwards to the input for each restart; choosing between restarts takes one more forward.
+
+        With `early_stop` this is the most it can cost.
+        """
+        return self.restarts * (2.0 * self.steps + (1.0 if self.restarts > 1 else 0.0))
+
+    def __call__(
+        self,
+        view: View,
+        batch: Batch,
+        inner_loss: InnerLoss,
+        *,
+        threat: ThreatModel,
+        progress: Progress | None = None,
+    ) -> Attacked:
+        require_steepest(threat, "PGD")
+        progress = progress or Progress()
+        view = view.running(self.statistics).detached()
+        key = progress.key("attack start")
+        best: Attacked | None = None
+        best_rank = torch.empty(0)
+        for restart in range(self.restarts):
+            found, stopped = self._search(view, batch, inner_loss, threat, progress, key.fold(restart))
+            if self.restarts == 1:
+                return found
+            with torch.no_grad():
+                loss = inner_loss(view(found.x_adv).logits)
+            rank = torch.where(stopped, torch.inf, loss)
+            if best is None:
+                best, best_rank = found, rank
+            else:
+                better = rank > best_rank
+                best = Attacked(
+                    torch.where(better.view(-1, 1, 1, 1), found.x_adv, best.x_adv),
+                    torch.where(better, found.steps_survived, best.steps_survived),
+                )
+                best_rank = torch.where(better, rank, best_rank)
+        assert best is not None  # restarts >= 1
+        return best
+
+    def _search(
+        self, view: View, batch: Batch, inner_loss: InnerLoss, threat: ThreatModel, progress: Progress, key: Key
+    ) -> tuple[Attacked, Tensor]:
+        """One restart: what was found, and which rows were seen misclassified (all False without early stop)."""
+        step_size = threat.epsilon / 4 if self.step_size is None else value_at(self.step_size, progress)  # type: ignore[arg-type]  # no text
+        x, y = batch.x.detach(), batch.y
+        x_adv = threat.random_point(x, key, batch.rows) if self.random_start else x.clone()
+        survived = torch.zeros_like(y)
+        left = torch.full_like(y, -1)  # steps that a misclassified row still takes; -1: not misclassified yet
+        for _ in range(self.steps):
+            if self.early_stop is None:
+                gradient, logits = input_gradient(view, x_adv, inner_loss)
+                survived += logits.argmax(1) == y
+                x_adv = threat.project(x_adv + step_size * threat.steepest(gradient), x)
+                continue
+            active = (left != 0).nonzero()[:, 0]
+            if len(active) == 0:
+                break
+            compact = self.statistics == "eval" and len(active) < len(y)
+            rows = active if compact else torch.arange(len(y), device=y.device)
+            loss = _loss_of_rows(inner_loss, rows, len(y)) if compact else inner_loss
+            gradient, logits = input_gradient(view, x_adv[rows], loss)
+            correct = torch.zeros_like(y, dtype=torch.bool).index_copy(0, rows, logits.argmax(1) == y[rows])
+            running = left != 0
+            survived += correct & running
+            left = torch.where(running & (left < 0) & ~correct, self.early_stop, left)
+            move = (left != 0)[rows].view(-1, 1, 1, 1)
+            stepped = threat.project(x_adv[rows] + step_size * threat.steepest(gradient), x[rows])
+            x_adv = x_adv.index_copy(0, rows, torch.where(move, stepped, x_adv[rows]))
+            left = torch.where(left > 0, left - 1, left)
+        return Attacked(x_adv.detach(), survived), left >= 0
+
+
+def _loss_of_rows(inner_loss: InnerLoss, rows: Tensor, count: int) -> InnerLoss:
+    """The loss of some of the batch's rows: their logits are laid among constants, which carry no gradient."""
+
+    def loss(logits: Tensor) -> Tensor:
+        everyone = logits.new_zeros(count, logits.shape[1]).index_copy(0, rows, logits)
+        return inner_loss(everyone)[rows]
+
+    return loss

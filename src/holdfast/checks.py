@@ -1,0 +1,60 @@
+"""Pre-flight: what can be seen to be wrong before hours are spent on it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError
+from holdfast.forward import Batch, View
+
+
+def check_batch(batch: Batch, num_classes: int) -> None:
+    """Refuse pixels outside [0, 1] and labels outside [0, K).
+
+    Raises:
+        HoldfastError: says which, and what to do.
+    """
+    low, high = float(batch.x.min()), float(batch.x.max())
+    if not (low >= 0 and high <= 1):
+        advice = "divide by 255" if high > 1 and low >= 0 else "scale them to [0, 1]; normalisation belongs inside the model"
+        raise HoldfastError(f"pixels lie in [{low:g}, {high:g}] instead of [0, 1]: {advice}")
+    low_label, high_label = int(batch.y.min()), int(batch.y.max())
+    if low_label < 0 or high_label >= num_classes:
+        raise HoldfastError(
+            f"labels lie in [{low_label}, {high_label}] but there are {num_classes} classes: count classes from 0 to"
+            f" {num_classes - 1}, or give the model more outputs"
+        )
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, x: Tensor, num_classes: int) -> None:
+    """Refuse a model that does not return one row of K finite logits an image.
+
+    Args:
+        model: Pixels in [0, 1] to logits.
+        x: A few images, at least two.
+        num_classes: K.
+
+    Raises:
+        HoldfastError: the outputs are probabilities, not finite, or of another shape.
+    """
+    try:
+        logits = View(model)(x).logits
+    except HoldfastError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise HoldfastError(
+            f"the model cannot run on images of shape {tuple(x.shape[1:])}: {reason}; check channels and image size"
+        ) from error
+    if logits.shape != (len(x), num_classes):
+        raise HoldfastError(
+            f"the model returned shape {tuple(logits.shape)} for {len(x)} images and {num_classes} classes: it must be"
+            f" ({len(x)}, {num_classes})"
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise HoldfastError("the model's logits are NaN or infinite on the first images: check its weights")
+    rows = logits.double().sum(1)
+    if bool((logits >= 0).all()) and bool((rows - 1).abs().max() < 1e-3):
+        raise HoldfastError("the model returns probabilities (rows sum to 1): return logits, drop the final softmax")

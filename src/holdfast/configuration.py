@@ -1,0 +1,113 @@
+"""A recipe as plain values, and back: what stands in config.yaml."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from holdfast.components import ATTACKS, AVERAGES, OBJECTIVES, THREATS, VIEWS
+from holdfast.errors import HoldfastError
+from holdfast.recipe import SGD, Recipe
+from holdfast.schedule import Schedule
+
+SCALARS = ("epochs", "batch_size", "warmup", "label_smoothing", "gradient_clip", "train_ball")
+"""Fields of a recipe that are plain numbers or schedules."""
+
+
+def settings_of(component: object) -> dict[str, Any]:
+    """A component's constructor arguments, which it keeps under their own names."""
+    names = [name for name in inspect.signature(type(component)).parameters if name not in ("args", "kwargs")]
+    return {name: _plain(getattr(component, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Schedule):
+        return value.as_config()
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return f"{type(value).__module__}.{type(value).__qualname__}" if callable(value) else value
+
+
+def _named(component: object | None, table: Mapping[str, type[Any]]) -> dict[str, Any] | None:
+    """``{"name": …, settings}``, or ``{"class": …}`` for a part that a person wrote and no table holds."""
+    if component is None:
+        return None
+    for name, kind in table.items():
+        if type(component) is kind:
+            return {"name": name, **settings_of(component)}
+    return {"class": f"{type(component).__module__}.{type(component).__qualname__}"}
+
+
+def recipe_config(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as nested dictionaries of plain values."""
+    threat = {"norm": recipe.threat.norm, **settings_of(recipe.threat)}
+    if recipe.threat.epsilon > 1:
+        threat["epsilon"] = f"{recipe.threat.epsilon:g}/1"  # a bare number above 1 would be refused when read again
+    return {
+        "recipe": recipe.name,
+        "threat": threat,
+        "attack": _named(recipe.attack, ATTACKS),
+        "objective": _named(recipe.objective, OBJECTIVES),
+        "views": [_named(view, VIEWS) for view in recipe.views],
+        "averages": [_named(average, AVERAGES) for average in recipe.averages],
+        "optimizer": settings_of(recipe.optimizer),
+        "schedule": recipe.schedule.as_config(),
+        **{name: _plain(getattr(recipe, name)) for name in SCALARS},
+    }
+
+
+def unknown_name(what: str, name: object, allowed: Iterable[str]) -> HoldfastError:
+    """The refusal of a name, with the nearest that exist."""
+    allowed = list(allowed)
+    near = difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(allowed)}"
+    return HoldfastError(f"{what} {name!r} is unknown: {hint}")
+
+
+def build_component(what: str, config: Mapping[str, Any] | None, table: Mapping[str, type[Any]], key: str = "name") -> Any:
+    """A part from its configuration.
+
+    Raises:
+        HoldfastError: an unknown name or setting, with the nearest; or a part of the user's own, which only Python
+            code can give.
+    """
+    if config is None:
+        return None
+    settings = {name: value for name, value in config.items() if name != key}
+    name = config.get(key)
+    if name is None:
+        raise HoldfastError(f"{what} {config.get('class')} was given from Python: run it from Python again, with fit()")
+    if name not in table:
+        raise unknown_name(what, name, table)
+    known = list(inspect.signature(table[name]).parameters)
+    for setting in settings:
+        if setting not in known:
+            raise unknown_name(f"setting of {what} {name}", setting, known)
+    return table[name](**settings)
+
+
+def build_recipe(config: Mapping[str, Any]) -> Recipe:
+    """The recipe of a configuration.
+
+    Raises:
+        HoldfastError: something is missing, unknown or out of range.
+    """
+    try:
+        recipe = Recipe(
+            name=config["recipe"],
+            threat=build_component("threat norm", config["threat"], THREATS, "norm"),
+            attack=build_component("attack", config.get("attack"), ATTACKS),
+            objective=build_component("objective", config["objective"], OBJECTIVES),
+            views=tuple(build_component("view", view, VIEWS) for view in config.get("views") or ()),
+            averages=tuple(build_component("average", average, AVERAGES) for average in config.get("averages") or ()),
+            optimizer=SGD(**config["optimizer"]),
+            schedule=Schedule(**config["schedule"]),
+        )
+        return replace(recipe, **{name: config[name] for name in SCALARS if name in config})
+    except KeyError as error:
+        raise HoldfastError(f"the configuration lacks {error}: start from the config.yaml of a run") from None
+    except TypeError as error:
+        raise HoldfastError(f"the configuration is wrong: {error}; compare it with the config.yaml of a run") from None

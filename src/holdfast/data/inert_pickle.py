@@ -1,0 +1,135 @@
+"""Read the pickles that CIFAR is published in without running anything that a pickle can name.
+
+A pickle is a program: it may name any function and call it. This reader admits the five names by which NumPy writes
+an array of bytes, and answers each with a stand-in of its own that does nothing but keep a shape and bytes. Every
+other name is refused before it is looked up, so nothing is imported and nothing of NumPy's is called.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from holdfast.errors import HoldfastError
+
+
+def load_inert(raw: bytes, where: str) -> object:
+    """Unpickle plain values and arrays of unsigned bytes; Python 2's strings come back as bytes.
+
+    Args:
+        raw: The whole pickle.
+        where: What the pickle is called in messages.
+    Raises:
+        HoldfastError: The pickle names anything else, or is damaged.
+    Example:
+        >>> import pickle
+        >>> load_inert(pickle.dumps({"labels": [3, 1]}, protocol=2), "batch")
+        {'labels': [3, 1]}
+    """
+    reader = _InertUnpickler(io.BytesIO(raw), encoding="bytes")
+    try:
+        return _with_arrays(reader.load())
+    except HoldfastError as error:
+        raise HoldfastError(f"{where}: {error}") from error
+    # A damaged pickle can fail in any of the machine's operations, each with its own built-in error.
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
+    ) as error:
+        raise HoldfastError(f"{where} is not a readable pickle ({error}): download it again") from error
+
+
+class _ByteType:
+    """Stands for numpy.dtype; unsigned bytes are the only type admitted."""
+
+    def __init__(self, code: object = None, *_: object) -> None:
+        if code not in ("u1", b"u1", "uint8", b"uint8"):
+            raise HoldfastError(f"array of type {code!r}, only unsigned bytes are read: use the published files")
+
+    def __setstate__(self, state: object) -> None:
+        """Ignore byte order and flags: a byte has none."""
+
+
+class _ByteArray:
+    """Stands for numpy.ndarray while the pickle is read; keeps what the array is made of."""
+
+    array: np.ndarray | None = None
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise HoldfastError("array state of an unknown form: use the published files")
+        _, shape, dtype, is_fortran, raw = state
+        if isinstance(raw, str):
+            raw = raw.encode("latin1")
+        if not isinstance(dtype, _ByteType) or not isinstance(raw, bytes) or not isinstance(shape, tuple):
+            raise HoldfastError("array state of an unknown form: use the published files")
+        self.array = np.frombuffer(raw, dtype=np.uint8).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _reconstruct(kind: object, *_: object) -> _ByteArray:
+    if kind is not _ByteArray:
+        raise HoldfastError("array of an unknown kind: use the published files")
+    return _ByteArray()
+
+
+def _encode(text: object, encoding: object = None) -> bytes:
+    if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
+        raise HoldfastError("bytes encoded in an unknown way: use the published files")
+    return text.encode("latin1")
+
+
+class _Call:
+    """Calls one of the functions above. A pickle could set attributes of a bare function; of this it cannot."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: object) -> object:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise HoldfastError("the pickle tries to change a function, and nothing was run: do not trust this file")
+
+
+_STAND_INS: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _Call(_reconstruct),
+    ("numpy._core.multiarray", "_reconstruct"): _Call(_reconstruct),
+    ("numpy", "ndarray"): _ByteArray,
+    ("numpy", "dtype"): _ByteType,
+    ("_codecs", "encode"): _Call(_encode),
+}
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        stand_in = _STAND_INS.get((module_name, global_name))
+        if stand_in is None:
+            raise HoldfastError(
+                f"the pickle asks for {module_name}.{global_name}, which image data does not need, and nothing was "
+                "run: do not trust this file, take it from its publisher"
+            )
+        return stand_in
+
+
+def _with_arrays(value: object) -> object:
+    """Replace array stand-ins, at the top and one level down, where CIFAR has them."""
+    if isinstance(value, dict):
+        return {key: _with_arrays(item) if isinstance(item, _ByteArray) else item for key, item in value.items()}
+    if isinstance(value, _ByteArray):
+        if value.array is None:
+            raise HoldfastError("array without content: download the file again")
+        return value.array
+    return value

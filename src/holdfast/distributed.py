@@ -1,0 +1,84 @@
+"""Several processes: torchrun's environment, and the few sums that must cross process borders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def active() -> bool:
+    """Whether more than one process trains."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    """How many processes train."""
+    return dist.get_world_size() if active() else 1
+
+
+def start_from_environment() -> bool:
+    """Join the group that torchrun described in the environment. True if this call started it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available() or dist.is_initialized():
+        return False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return True
+
+
+def stop() -> None:
+    """Leave the group."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over all processes. The argument is left alone."""
+    if not active():
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value
+
+
+def average_in_place(tensors: Sequence[Tensor]) -> None:
+    """Replace every floating-point tensor by its mean over all processes; integer tensors become rank 0's."""
+    if not active():
+        return
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                dist.all_reduce(tensor)
+                tensor /= world_size()
+            else:
+                dist.broadcast(tensor, 0)
+
+
+def average_buffers(module: nn.Module) -> None:
+    """Make buffers equal on all processes, as is done at every epoch's end."""
+    average_in_place(list(module.buffers()))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every process's value, in order of rank, on every process."""
+    if not active():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if active():
+        dist.barrier()

@@ -1,0 +1,173 @@
+"""How a network is run: with which weights, which BatchNorm branch and which statistics.
+
+A `View` is a value. Other weights are passed to it instead of being written into the model, because weights that are
+changed in place are silently ignored inside one autocast region (cached casts), break a backward that is still to
+come, and leave residue when something raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError
+from holdfast.models.taps import tapped
+from holdfast.schedule import Progress
+
+Statistics = Literal["eval", "batch", "batch_tracked"]
+STATISTICS: tuple[Statistics, ...] = ("eval", "batch", "batch_tracked")
+
+
+class Batch(NamedTuple):
+    """What one step works on.
+
+    Attributes:
+        x: (B, C, H, W) pixels in [0, 1].
+        y: (B,) integer labels.
+        target: (B, K) soft labels where smoothing, MixUp or a memory makes them, else None.
+        index: (B,) position of every image in the data set: memories and keyed randomness go by it.
+        x2: A second augmentation of the same images, only where a method asks.
+    """
+
+    x: Tensor
+    y: Tensor
+    target: Tensor | None = None
+    index: Tensor | None = None
+    x2: Tensor | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        """The soft labels where there are any, else y."""
+        return self.y if self.target is None else self.target
+
+    @property
+    def rows(self) -> Tensor:
+        """The index of every image, or its place in the batch where none was given."""
+        return torch.arange(len(self.y), device=self.y.device) if self.index is None else self.index
+
+
+class Attacked(NamedTuple):
+    """What an attack found. Rows are in the order of the batch.
+
+    Attributes:
+        x_adv: (B, C, H, W).
+        steps_survived: (B,) how many of the iterates the attack looked at, the starting point included, the network
+            still classified correctly (GAIRAT's κ).
+    """
+
+    x_adv: Tensor
+    steps_survived: Tensor
+
+
+class Outputs(NamedTuple):
+    """What a view returns: logits (B, K), at least float32, and the features that were tapped, by module name."""
+
+    logits: Tensor
+    features: Mapping[str, Tensor]
+
+
+class Forward(NamedTuple):
+    """What an objective sees: outputs by side, never the model.
+
+    `attacked` is None where no attacked side was asked for.
+    """
+
+    batch: Batch
+    outputs: Mapping[str, Outputs]
+    attacked: Attacked | None
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class View:
+    """One way of running a network; immutable.
+
+    Args:
+        model: The network, pixels to logits.
+        state: Parameters and buffers, by name, used in place of the model's own.
+        branch: BatchNorm branch, for models that have several: every module with an attribute ``active_branch``
+            runs under this name.
+        statistics: ``"eval"`` normalises by running statistics; ``"batch"`` by those of the batch, leaving the running
+            ones alone; ``"batch_tracked"`` by those of the batch, moving the running ones (training mode). Dropout
+            is off in ``"eval"`` only.
+        taps: Names of modules whose outputs are wanted as features.
+
+    Shapes:
+        x: (B, C, H, W) in [0, 1]. Logits: (B, K).
+    Raises:
+        HoldfastError: the model has no such branch, does not return a (B, K) tensor, or has no module of a tap's name.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> View(model)(torch.zeros(3, 1, 2, 2)).logits.shape
+        torch.Size([3, 2])
+    """
+
+    model: nn.Module
+    state: Mapping[str, Tensor] | None = None
+    branch: str = "main"
+    statistics: Statistics = "eval"
+    taps: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.statistics not in STATISTICS:
+            raise HoldfastError(f"statistics {self.statistics!r} is unknown: use one of {', '.join(STATISTICS)}")
+
+    def __call__(self, x: Tensor) -> Outputs:
+        state = self.state
+        if self.statistics == "batch":  # tracking writes into copies that are dropped
+            copies = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+            state = {**copies, **{n: t.clone() if n in copies else t for n, t in (state or {}).items()}}
+        taps = tapped(self.model, self.taps) if self.taps else nullcontext({})
+        with _running(self.model, self.statistics != "eval", self.branch), taps as features:
+            logits = self.model(x) if state is None else torch.func.functional_call(self.model, dict(state), (x,))
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise HoldfastError(f"the model returned {shape} instead of logits (B, K): return one row of logits an image")
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        return Outputs(logits, features)
+
+    def detached(self) -> View:
+        """The same view with weights that no gradient reaches: what an attack runs on."""
+        state = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        state.update({name: tensor.detach() for name, tensor in (self.state or {}).items()})
+        return replace(self, state=state)
+
+    def running(self, statistics: Statistics) -> View:
+        """The same view under other statistics."""
+        return replace(self, statistics=statistics)
+
+
+Views = Mapping[str, View]
+"""Views by side: "clean", "adv", and what a method adds ("guide", "collaborative", "adv_unperturbed")."""
+
+
+@contextmanager
+def _running(model: nn.Module, training: bool, branch: str) -> Iterator[None]:
+    """Set mode and branch for one forward, and put every module back as it was, after an exception too."""
+    switched: list[nn.Module] = []
+    branched: list[tuple[nn.Module, str]] = []
+    for module in model.modules():
+        if module.training != training:
+            switched.append(module)
+        if hasattr(module, "active_branch"):
+            branched.append((module, module.active_branch))  # type: ignore[arg-type]  # a str by the protocol above
+    if branch != "main" and not branched:
+        raise HoldfastError(f"the model has no BatchNorm branch {branch!r}: add it with the view transform that needs it")
+    try:
+        for module in switched:
+            module.training = training
+        for module, _ in branched:
+            module.active_branch = branch  # type: ignore[assignment]  # a plain attribute, not a tensor or a module
+        yield
+    finally:
+        for module in switched:
+            module.training = not training
+        for module, previous in branched:
+            module.active_branch = previous  # type: ignore[assignment]  # as above

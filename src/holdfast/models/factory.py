@@ -1,0 +1,129 @@
+"""Networks by name, or from a function in the user's own file."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from holdfast.errors import HoldfastError
+from holdfast.models.classifier import require_at_least
+from holdfast.models.own_file import own_function
+from holdfast.models.preact_resnet import PreActResNet18
+from holdfast.models.resnet import ResNet18
+from holdfast.models.small_cnn import SmallCNN
+from holdfast.models.table import MODELS
+from holdfast.models.vit import SmallViT
+from holdfast.models.wide_resnet import WideResNet
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "small_cnn": SmallCNN,
+    "resnet18": ResNet18,
+    "preact_resnet18": PreActResNet18,
+    "wrn_28_10": partial(WideResNet, 28, 10),
+    "wrn_32_10": partial(WideResNet, 32, 10),
+    "wrn_34_10": partial(WideResNet, 34, 10),
+    "small_vit": SmallViT,
+}
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int,
+    channels: int = 3,
+    image_size: tuple[int, int] = (32, 32),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a network by its name, with fresh weights drawn from torch's global random number generator.
+
+    Seed that generator first: nothing else decides the weights. A name of the form `path/to/file.py:function` runs
+    that file, which is your own code, and calls the function with those of num_classes, channels, image_size, the
+    given ones of mean and std, and the options that its signature has.
+
+    Args:
+        name: A key of `holdfast.models.table.MODELS`, in any case, with - or _; or `path/to/file.py:function`.
+        num_classes: K, at least 2.
+        channels: C.
+        image_size: (H, W).
+        mean: Per channel; None for 0.
+        std: Per channel; None for 1.
+        options: What else this network takes, such as width, dropout or patch.
+    Shapes:
+        The network maps x (B, C, H, W) to logits (B, K) before softmax.
+    Units:
+        x, mean and std in pixel scale [0, 1].
+    Raises:
+        HoldfastError: the name, an option, the file or its function is unknown, the function does not return a
+            network, or a size is refused. What the user's own code raises comes through as it is.
+    Example:
+        >>> import torch
+        >>> model = build("Small-CNN", num_classes=10, channels=1, image_size=(8, 8), width=8)
+        >>> model(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    require_at_least(2, num_classes=num_classes)
+    require_at_least(1, channels=channels)
+    height, width = _two_sides(image_size)
+    given: dict[str, Any] = {"num_classes": num_classes, "channels": channels, "image_size": (height, width)}
+    statistics = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
+    extra = {**statistics, **options}
+    if ":" in name or name.endswith(".py"):
+        return _build_from_file(name, given, extra)
+    key = name.strip().lower().replace("-", "_")
+    if key not in _BUILDERS:
+        nearest = difflib.get_close_matches(key, MODELS, n=3) or list(MODELS)
+        raise HoldfastError(
+            f"no network is named {name!r}: use {' or '.join(nearest)}, or your own as path/to/file.py:function"
+        )
+    builder = _BUILDERS[key]
+    return builder(**_arguments(builder, key, given, extra))
+
+
+def _two_sides(image_size: Sequence[int]) -> tuple[int, int]:
+    sides = tuple(image_size)
+    if len(sides) != 2:
+        raise HoldfastError(f"image_size must be (height, width), got {image_size!r}")
+    require_at_least(1, height=sides[0], width=sides[1])
+    return sides[0], sides[1]
+
+
+def _arguments(
+    builder: Callable[..., nn.Module],
+    label: str,
+    given: Mapping[str, Any],
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return those of `given` that the builder takes, and all of `extra`, of which nothing may be left over."""
+    parameters = inspect.signature(builder).parameters.values()
+    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    allowed = by_name - {*given, "mean", "std"}
+    for option in extra:
+        if option not in by_name and not open_ended:
+            takes = f"its options are {', '.join(sorted(allowed))}" if allowed else "it has no options"
+            raise HoldfastError(f"{label} does not take {option!r}: {takes}")
+    arguments = {key: value for key, value in given.items() if key in by_name or open_ended}
+    arguments.update(extra)
+    return arguments
+
+
+def _build_from_file(name: str, given: Mapping[str, Any], extra: Mapping[str, Any]) -> nn.Module:
+    with own_function(name) as function:
+        arguments = _arguments(function, name, given, extra)
+        parameters = inspect.signature(function).parameters.values()
+        optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
+        missing = [parameter for parameter in needed if parameter not in arguments]
+        if missing:
+            raise HoldfastError(f"{name} needs {', '.join(missing)}: pass them as options or give them defaults")
+        model = function(**arguments)
+    if not isinstance(model, nn.Module):
+        raise HoldfastError(f"{name} returned {type(model).__name__}: it must return a torch.nn.Module")
+    return model

@@ -1,0 +1,88 @@
+"""Reading what a network computes inside, by the names of its modules."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError
+
+
+def feature_names(model: nn.Module) -> list[str]:
+    """Return the names that `tapped` accepts, in the order in which the modules were registered.
+
+    Containers that are never called themselves (ModuleList, ModuleDict) are left out; their members are in.
+
+    Args:
+        model: Any network.
+    Example:
+        >>> feature_names(nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(4, 2))))
+        ['0', '1', '1.0']
+    """
+    return list(_tappable(model))
+
+
+def _tappable(model: nn.Module) -> dict[str, nn.Module]:
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if name and not isinstance(module, (nn.ModuleList, nn.ModuleDict))}
+
+
+@contextmanager
+def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of named submodules while the block runs.
+
+    The yielded dictionary starts empty and holds, for each name, the output of that module's latest call: a second
+    forward overwrites the first, and a module that no forward calls leaves no entry. The tensors are the network's
+    own, with their graph: a gradient flows through them, and a later in-place layer would change them (the networks
+    here have none).
+    The hooks are gone when the block ends, however it ends. `torch.func.functional_call` runs them too.
+
+    Args:
+        model: Any network.
+        names: Module names as `feature_names` lists them, such as "layer4.0.bn1".
+    Yields:
+        Name -> output of that module's latest call, of whatever shape it has.
+    Raises:
+        HoldfastError: a name is unknown (the nearest are listed), or a tapped module returns no tensor.
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> with tapped(model, ["0"]) as features:
+        ...     logits = model(torch.zeros(3, 1, 2, 2))
+        >>> features["0"].shape
+        torch.Size([3, 4])
+    """
+    if isinstance(names, str):
+        raise HoldfastError(f"names must be a list of module names, got the text {names!r}: write [{names!r}]")
+    modules = _tappable(model)
+    for name in names:
+        if name not in modules:
+            raise HoldfastError(_unknown(name, list(modules)))
+    features: dict[str, Tensor] = {}
+    handles = []
+    try:
+        for name in names:
+            handles.append(modules[name].register_forward_hook(_store(features, name)))
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _store(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], None]:
+    def hook(module: nn.Module, inputs: object, output: object) -> None:
+        if not isinstance(output, Tensor):
+            raise HoldfastError(f"module {name!r} returns {type(output).__name__}, not a tensor: tap one inside it")
+        features[name] = output
+
+    return hook
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
+    if not nearest:
+        return f"no module is named {name!r}: this model has no named submodules"
+    return f"no module is named {name!r}: did you mean {', '.join(nearest)}? feature_names(model) lists all"

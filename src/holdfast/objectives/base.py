@@ -1,0 +1,81 @@
+"""What an objective is: the per-example loss that compares the network's outputs on the sides it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from holdfast import distributed
+from holdfast.attacks.base import InnerLoss
+from holdfast.errors import HoldfastError
+from holdfast.forward import Attacked, Batch, Forward, View
+from holdfast.functional import cross_entropy
+from holdfast.schedule import Progress
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Something the loop must measure at the start of every epoch.
+
+    Args:
+        name: Where the value appears in `Progress.measured`.
+        measure: Takes a view of the classifier (``"eval"``) and batches of augmented training images.
+        images: How many training images the batches hold, at least.
+    """
+
+    name: str
+    measure: Callable[[View, Iterable[Batch]], float]
+    images: int = 1024
+
+
+class Objective(nn.Module):
+    """The outer loss of a training method, written once for every model, attack and average.
+
+    A subclass says which `sides` it reads and returns named per-example terms from `forward`, already weighted; the
+    step averages them. It never sees the model. It may own trained parts (predictors) and buffers (memories, class
+    means): both are checkpointed. Constructor arguments are kept under their own names.
+
+    Attributes:
+        couples_batch: A term depends on the rest of the batch (ranks, class means), so it is per process.
+        measures: What the loop measures at an epoch's start.
+        taps: Names of modules whose outputs `forward` wants as features.
+        zero_at_equality: Names of terms that vanish where x_adv = x on the same view.
+    """
+
+    couples_batch: bool = False
+    measures: tuple[Measurement, ...] = ()
+    taps: Sequence[str] = ()
+    zero_at_equality: tuple[str, ...] = ()
+
+    def sides(self, progress: Progress) -> tuple[str, ...]:
+        """The outer forwards this step needs, in their order. Read outside compiled code: nobody pays for an unread one."""
+        return ("adv",)
+
+    def inner_loss(self, view: View, batch: Batch, progress: Progress) -> InnerLoss:
+        """What the attack maximises; cross-entropy against the hard labels unless a method says otherwise."""
+        return lambda logits: cross_entropy(logits, batch.y)
+
+    def side_input(self, side: str, batch: Batch, attacked: Attacked | None) -> Tensor:
+        """The images that a side runs on: those attacked for sides named ``adv…``, the second view for ``…2``, else x."""
+        if side.startswith("adv"):
+            assert attacked is not None  # the step attacks whenever such a side is asked for
+            return attacked.x_adv
+        if side.endswith("2"):
+            if batch.x2 is None:
+                raise HoldfastError(f"side {side!r} needs a second augmentation: set second_view in the data loader")
+            return batch.x2
+        return batch.x
+
+    def forward(self, f: Forward) -> Mapping[str, Tensor]:
+        """Named terms, each (B,), already weighted."""
+        raise NotImplementedError  # every method states its own
+
+    def merge_over_processes(self) -> None:
+        """Make buffers equal on all processes at an epoch's end. Memories addressed by image index do it otherwise."""
+        distributed.average_buffers(self)
+
+    def passes(self, progress: Progress) -> float:
+        """Cost of the outer step in forward passes: a forward and a full backward (two) for each side."""
+        return 3.0 * len(self.sides(progress))

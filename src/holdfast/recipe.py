@@ -1,0 +1,122 @@
+"""A training method with all its settings, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from holdfast.attacks.base import Attack
+from holdfast.averages.base import Average
+from holdfast.errors import HoldfastError
+from holdfast.objectives.base import Objective
+from holdfast.schedule import Progress, Scalar, Schedule, as_scalar, constant, value_at
+from holdfast.threat import ThreatModel
+from holdfast.views.base import ViewTransform
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    """Stochastic gradient descent with momentum.
+
+    Args:
+        learning_rate: Peak learning rate; the recipe's schedule multiplies it.
+        momentum: Momentum, or a schedule.
+        weight_decay: L2 penalty on all parameters, or a schedule.
+        nesterov: Nesterov's form of momentum.
+    """
+
+    learning_rate: float = 0.1
+    momentum: Scalar = 0.9
+    weight_decay: Scalar = 5e-4
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "momentum", "weight_decay"):
+            object.__setattr__(self, name, as_scalar(name, getattr(self, name), minimum=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Attack, objective, views and averages under a threat model, with the schedule they are trained by.
+
+    Args:
+        name: What the run is called.
+        threat: What the attacker may do.
+        attack: The inner maximisation over the input; None only where no side is attacked.
+        objective: The outer loss.
+        views: Transforms of the outer views, in order.
+        averages: Averages of the weights, in order; the last that exports decides what is validated and kept.
+        networks: Further networks, each reached as a view of its name ("guide").
+        train_ball: Radius onto which training examples are projected: None for the threat model's epsilon, a number
+            or a schedule, or ``"unbounded"`` where the method is that (pixel bounds still hold).
+        optimizer: Optimiser settings.
+        schedule: Factor of the learning rate over the run.
+        epochs: Length of the run.
+        warmup: Share of the run that trains on clean images only, at the beginning.
+        batch_size: Images a step, over all processes.
+        label_smoothing: s of `smooth_labels`.
+        gradient_clip: Largest norm of the gradient, or None.
+        step: What makes one step of it; None for `AdversarialStep`.
+
+    Raises:
+        HoldfastError: a setting is out of range.
+    """
+
+    name: str
+    threat: ThreatModel
+    attack: Attack | None
+    objective: Objective
+    views: tuple[ViewTransform, ...] = ()
+    averages: tuple[Average, ...] = ()
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)
+    train_ball: Scalar | Literal["unbounded"] | None = None
+    optimizer: SGD = field(default_factory=SGD)
+    schedule: Schedule = field(default_factory=lambda: constant(1.0))
+    epochs: int = 100
+    warmup: float = 0.0
+    batch_size: int = 128
+    label_smoothing: float = 0.0
+    gradient_clip: float | None = None
+    step: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("epochs", self.epochs, 1), ("batch_size", self.batch_size, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise HoldfastError(f"{name} is {value!r}: give a whole number of at least {least}")
+        for name in ("warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise HoldfastError(f"{name} is {getattr(self, name)}: it is a share, give a number in [0, 1)")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise HoldfastError(f"gradient_clip is {self.gradient_clip}: give a positive norm, or none")
+        if self.train_ball is not None and self.train_ball != "unbounded":
+            object.__setattr__(self, "train_ball", as_scalar("train_ball", self.train_ball, minimum=0))  # type: ignore[arg-type]  # the word is excluded
+        if self.attack is None and any(side.startswith("adv") for side in self.objective.sides(self._end())):
+            raise HoldfastError(f"recipe {self.name!r} reads an attacked side: give it an attack")
+
+    def _end(self) -> Progress:
+        """The last step of a long run, when everything that is scheduled is on."""
+        return Progress(epoch=self.epochs - 1, step=self.epochs - 1, epochs=self.epochs, stage=99)
+
+    def radius(self, progress: Progress) -> float | None:
+        """The radius of the training ball now; None for pixel bounds only."""
+        if self.train_ball == "unbounded":
+            return None
+        return self.threat.epsilon if self.train_ball is None else value_at(self.train_ball, progress)
+
+    def passes(self, progress: Progress | None = None) -> float:
+        """Cost of one step in forward passes: a backward to the input counts one, a full backward two.
+
+        The attack's cost, plus what the views' searches add, plus a forward and a full backward for each outer side.
+
+        Example:
+            >>> from holdfast.recipes import pgd_at
+            >>> pgd_at(epsilon=8 / 255).passes()
+            23.0
+        """
+        progress = progress or self._end()
+        attacked = any(side.startswith("adv") for side in self.objective.sides(progress))
+        searched = self.attack.passes() if self.attack is not None and attacked else 0.0
+        return searched + sum(view.passes(progress) for view in self.views) + self.objective.passes(progress)

@@ -1,0 +1,312 @@
+"""From what a person asked for to what the loop needs: data split, model, device, precision, resolved configuration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from holdfast import __version__, checks, distributed
+from holdfast.configuration import recipe_config
+from holdfast.data.augment import default_padding
+from holdfast.data.images import Dataset, Images
+from holdfast.data.loader import Loader, to_pixels
+from holdfast.data.sources import load
+from holdfast.data.split import stratified_split
+from holdfast.errors import HoldfastError
+from holdfast.forward import Batch
+from holdfast.keyed_random import Key
+from holdfast.recipe import Recipe
+from holdfast.runs.environment import supports_bf16
+from holdfast.runs.export import load_weights, model_description, model_folder, read_weights, rebuild
+from holdfast.threat import readable
+
+Precision = Literal["auto", "bf16", "fp32", "fp64"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything about a run that is not the method.
+
+    Args:
+        precision: ``"bf16"`` runs the network under autocast; ``"auto"`` takes it where the device computes in it
+            natively, else ``"fp32"``.
+        compile: Compile the network with `torch.compile`; a word names the backend. The first steps then take
+            up to a minute, so it is off by default.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        flip: Mirror images at random; None for what suits the data.
+        padding: Padding of the random crop in pixels; None for an eighth of the image where the data suits it.
+        image_size: Side to which folders and Parquet images are resized; None where they already agree.
+        drop_last: Leave out the images that do not fill an epoch's last batch.
+        second_view: Give every step a second augmentation of its images.
+        validate_every: Epochs between validations.
+        validation_images: Size of the held-out part of the training set; at most a tenth of it is taken.
+        validation_steps: PGD steps of the validation that chooses the best checkpoint.
+        test_images: Images of the closing evaluation; None for all.
+        test_steps: PGD steps of the closing evaluation.
+        evaluation_batch: Images at a time in any evaluation.
+        checkpoint_minutes: A checkpoint is also written inside an epoch after so many minutes.
+        keep_checkpoints: How many checkpoints are left in the run folder.
+    """
+
+    precision: Precision = "auto"
+    compile: bool | str = False
+    device: str = "auto"
+    flip: bool | None = None
+    padding: int | None = None
+    image_size: int | None = None
+    drop_last: bool = True
+    second_view: bool = False
+    validate_every: int = 1
+    validation_images: int = 1000
+    validation_steps: int = 10
+    test_images: int | None = 2000
+    test_steps: int = 20
+    evaluation_batch: int = 250
+    checkpoint_minutes: float = 15.0
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("validate_every", "validation_images", "test_steps", "evaluation_batch", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise HoldfastError(f"{name} is {getattr(self, name)}: give a whole number of at least 1")
+        if self.precision not in ("auto", "bf16", "fp32", "fp64"):
+            raise HoldfastError(f"precision {self.precision!r} is unknown: use auto, bf16, fp32 or fp64")
+        if self.padding is not None and self.padding < 0:
+            raise HoldfastError(f"padding is {self.padding}: give pixels, 0 for no crop")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a loop needs, resolved."""
+
+    recipe: Recipe
+    settings: Settings
+    data: Dataset
+    loader: Loader
+    validation: Images
+    test: Images
+    model: nn.Module
+    device: torch.device
+    precision: str
+    seed: int
+    config: dict[str, Any]
+    description: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def summary(self, results: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """What summary.json holds. Accuracies are fractions, on the test set."""
+        best = results["best"]
+        return {
+            "recipe": self.recipe.name,
+            "data": self.data.name,
+            "model": self.description["model"].get("name") or self.description["model"].get("class"),
+            "threat": self.recipe.threat.norm,
+            "epsilon": self.recipe.threat.epsilon,
+            "seed": self.seed,
+            "clean_accuracy": best["clean_accuracy"],
+            "robust_accuracy": best.get("robust_accuracy"),
+            "interval": best.get("interval"),
+            "attack": best["attack"],
+            "n": best["n"],
+            "seconds": seconds,
+            "best": best,
+            "last": results["last"],
+            "version": __version__,
+        }
+
+
+def prepare(
+    recipe: Recipe,
+    data: str | Dataset,
+    model: str | nn.Module,
+    *,
+    seed: int,
+    settings: Settings,
+    init: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Setup:
+    """Load, split, build and check everything before the first step.
+
+    Raises:
+        HoldfastError: bad input; the message says what to do.
+    """
+    dataset = load(data, image_size=settings.image_size) if isinstance(data, str) else data
+    device = choose_device(settings.device)
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16" if supports_bf16(device) else "fp32"
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    recipe = replace(recipe, objective=copy.deepcopy(recipe.objective), averages=copy.deepcopy(recipe.averages))
+    count = min(settings.validation_images, len(dataset.train) // 10)
+    if count < 1:
+        raise HoldfastError(f"{len(dataset.train)} training images are too few to hold out a validation part: give ten or more")
+    kept, held = stratified_split(dataset.train.labels, count, seed)
+    training, validation = dataset.train.subset(kept), dataset.train.subset(held)
+    batch_size = min(recipe.batch_size, len(training))
+    flip = dataset.flip if settings.flip is None else settings.flip
+    padding = settings.padding
+    if padding is None:
+        padding = default_padding(*dataset.image_size) if dataset.crop else 0
+    settings = replace(settings, flip=flip, padding=padding, precision=precision)  # type: ignore[arg-type]  # a resolved word
+    loader = Loader(
+        images=training.to(device),
+        num_classes=dataset.num_classes,
+        batch_size=batch_size,
+        seed=seed,
+        flip=flip,
+        padding=padding,
+        label_smoothing=recipe.label_smoothing,
+        second_view=settings.second_view,
+        drop_last=settings.drop_last,
+        dtype=dtype,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+    )
+    if batch_size < distributed.world_size():
+        raise HoldfastError(f"a batch of {batch_size} cannot be split over {distributed.world_size()} processes")
+    network, spec = build_model(model, dataset, training, seed, options or {})
+    if init is not None:
+        source = Path(init) if str(init).endswith(".safetensors") else model_folder(Path(init)) / "model.safetensors"
+        load_weights(network, read_weights(source), source)
+    network = network.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    first = torch.arange(min(8, len(training)), device=device)
+    sample = to_pixels(loader.images.pixels[first], dtype)
+    checks.check_batch(Batch(sample, loader.images.labels), dataset.num_classes)
+    checks.check_model(network, sample, dataset.num_classes)
+    config = run_config(recipe, dataset, data, spec, settings, seed, init, len(loader))
+    return Setup(
+        recipe=recipe,
+        settings=settings,
+        data=dataset,
+        loader=loader,
+        validation=validation.to(device),
+        test=dataset.test.to(device),
+        model=network,
+        device=device,
+        precision=precision,
+        seed=seed,
+        config=config,
+        description=description(recipe, dataset, spec),
+        notes=(*dataset.notes, *told(recipe, dataset, settings, device, batch_size, training, validation)),
+    )
+
+
+def told(
+    recipe: Recipe,
+    dataset: Dataset,
+    settings: Settings,
+    device: torch.device,
+    batch_size: int,
+    training: Images,
+    validation: Images,
+) -> list[str]:
+    """What the person is told before training begins."""
+    height, width = dataset.image_size
+    notes = [
+        f"{recipe.name} on {dataset.name}: {len(training)} training, {len(validation)} validation, {len(dataset.test)}"
+        f" test images of {height}x{width}, {dataset.num_classes} classes; {recipe.threat.norm} at"
+        f" {readable(recipe.threat.epsilon)}; {recipe.epochs} epochs, batch {batch_size}, {settings.precision} on {device}"
+    ]
+    if batch_size < recipe.batch_size:
+        notes.append(f"batch size lowered from {recipe.batch_size} to {batch_size}: there are no more training images")
+    return notes
+
+
+def choose_device(word: str) -> torch.device:
+    """The device a word stands for; under torchrun each process takes its own accelerator."""
+    if word == "auto":
+        word = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(word)
+    except RuntimeError:
+        raise HoldfastError(f"device {word!r} is unknown: use auto, cpu or cuda") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise HoldfastError("device cuda is not available here: use --training.device cpu; `holdfast doctor` tells more")
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return device
+
+
+def build_model(
+    model: str | nn.Module, dataset: Dataset, training: Images, seed: int, options: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with its initial weights, and what is needed to rebuild it."""
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model), model_description(None, model)
+    pixels = training.pixels.flatten(0, 2).double() / 255
+    spec = {
+        "name": model,
+        "num_classes": dataset.num_classes,
+        "channels": dataset.channels,
+        "image_size": list(dataset.image_size),
+        "mean": [round(value, 4) for value in pixels.mean(0).tolist()],
+        "std": [round(max(value, 1e-3), 4) for value in pixels.std(0).tolist()],
+        **options,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(Key(seed).fold("initial weights").torch_seed)
+        network = rebuild_here(spec)
+    return network, spec
+
+
+def rebuild_here(spec: Mapping[str, Any]) -> nn.Module:
+    """Build with the current generator (`rebuild` forks it)."""
+    from holdfast.models.factory import build
+
+    return build(str(spec["name"]), **{key: value for key, value in spec.items() if key != "name"})
+
+
+def description(recipe: Recipe, dataset: Dataset, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json of a model folder says."""
+    height, width = dataset.image_size
+    return {
+        "format": 1,
+        "holdfast": __version__,
+        "model": dict(spec),
+        "classes": list(dataset.classes),
+        "input": {"channels": dataset.channels, "height": height, "width": width, "range": [0, 1], "output": "logits"},
+        "threat": {"norm": recipe.threat.norm, "epsilon": recipe.threat.epsilon},
+        "recipe": recipe.name,
+        "data": dataset.name,
+    }
+
+
+def run_config(
+    recipe: Recipe,
+    dataset: Dataset,
+    data: str | Dataset,
+    spec: Mapping[str, Any],
+    settings: Settings,
+    seed: int,
+    init: str | Path | None,
+    steps_per_epoch: int,
+) -> dict[str, Any]:
+    """The resolved configuration: what `holdfast train --config` repeats, and, below `resolved`, what came of it."""
+    model = {key: value for key, value in spec.items() if key not in ("num_classes", "channels", "image_size", "mean", "std")}
+    total = steps_per_epoch * recipe.epochs
+    knots = recipe.schedule.knots
+    return {
+        **recipe_config(recipe),
+        "data": data if isinstance(data, str) else dataset.name,
+        "model": model,
+        "seed": seed,
+        "init": None if init is None else str(init),
+        "training": asdict(settings),
+        "resolved": {
+            "holdfast": __version__,
+            "image_size": list(dataset.image_size),
+            "steps_per_epoch": steps_per_epoch,
+            "steps": total,
+            "warmup_steps": round(recipe.warmup * total),
+            "schedule_knots_in_steps": [
+                [round(position * total) if recipe.schedule.by == "fraction" else position, value]
+                for position, value in knots
+            ],
+        },
+    }

@@ -1,0 +1,199 @@
+"""One training step. This file is the only place where the order of operations is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from holdfast import distributed
+from holdfast.attacks.base import Attack
+from holdfast.errors import HoldfastError, NonFiniteLoss
+from holdfast.forward import Attacked, Batch, Forward, Outputs, Statistics, View, Views
+from holdfast.functional import cross_entropy
+from holdfast.objectives.base import Objective
+from holdfast.objectives.standard import StandardTraining
+from holdfast.recipe import SGD, Recipe
+from holdfast.schedule import Progress, value_at
+from holdfast.views.base import Ascended, Search
+
+
+class Step(Protocol):
+    """What the loop needs of a step. Most methods are an objective; Free-AT and LAS-AT write a step of their own."""
+
+    replays: int
+
+    def __call__(self, batch: Batch, progress: Progress) -> Mapping[str, Tensor]: ...
+
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]: ...
+
+    def after_backward(self, progress: Progress) -> None: ...
+
+
+class AdversarialStep(nn.Module):
+    """Attack, views, outer forwards, objective, mean: one step of any recipe, compiled and distributed as one module.
+
+    A step changes no parameter. Its attack and searches run on detached weights and leave BatchNorm's running
+    statistics alone unless the recipe asks otherwise. Models that draw (dropout) do so from a generator forked and
+    seeded by (seed, step); the caller's random state is as before.
+
+    Args:
+        recipe: The method.
+        model: Pixels in [0, 1] to logits.
+        precision: ``"bf16"`` runs the network under autocast; losses stay in float32. ``"fp32"`` and ``"fp64"`` run it
+            in the weights' own type.
+        check_finite: Look at every term before it is returned, and raise if one is not finite. It makes an
+            accelerator wait; the loop looks at its sums every few steps there instead.
+
+    Shapes:
+        Returns means, each of shape (): "loss", and one for every term.
+    Raises:
+        NonFiniteLoss: a term is NaN or infinite; the message names it.
+
+    Example:
+        >>> from holdfast.recipes import pgd_at
+        >>> step = AdversarialStep(pgd_at(epsilon=0.1), nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+        >>> terms = step(Batch(torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0])), Progress())
+        >>> sorted(terms)
+        ['adv_ce', 'loss']
+    """
+
+    replays = 1
+
+    def __init__(
+        self, recipe: Recipe, model: nn.Module, *, precision: str = "fp32", check_finite: bool = True
+    ) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.model = model
+        self.objective: Objective = recipe.objective
+        self.warmup_objective: Objective = StandardTraining()
+        self.attack: Attack | None = recipe.attack
+        self.networks = nn.ModuleDict(dict(recipe.networks))
+        self.view_transforms = recipe.views
+        self.precision = precision
+        self.check_finite = check_finite
+        for transform in self.view_transforms:
+            transform.prepare(model)
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        objective = self.warmup_objective if progress.warming_up else self.objective
+        sides = objective.sides(progress)
+        device = batch.x.device.type
+        with _forked_generator(progress, batch.x.device), self.autocast(device):
+            attacked = self.find(batch, objective, progress) if any(s.startswith("adv") for s in sides) else None
+            views = self.outer_views(objective, sides)
+            if not progress.warming_up:
+                for transform in self.view_transforms:
+                    views = transform(views, self.search(objective, batch, attacked, progress), progress)
+            outputs = self.run(objective, views, sides, batch, attacked)
+            terms = objective(Forward(batch, outputs, attacked, progress))
+            return self.reduce(terms, len(batch.y))
+
+    def autocast(self, device: str) -> torch.autocast:
+        """The precision under which the network runs."""
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def find(self, batch: Batch, objective: Objective, progress: Progress) -> Attacked:
+        """Inner maximisation over the input. The result is detached and inside the ball that the recipe declares."""
+        if self.attack is None:
+            raise HoldfastError(f"recipe {self.recipe.name!r} reads an attacked side: give it an attack")
+        view = View(self.model, statistics=self.attack.statistics)
+        inner_loss = objective.inner_loss(view, batch, progress)
+        radius = self.recipe.radius(progress)
+        threat = self.recipe.threat if radius is None else self.recipe.threat.with_epsilon(radius)
+        found = self.attack(view, batch, inner_loss, threat=threat, progress=progress)
+        with torch.no_grad():
+            x_adv = found.x_adv.detach()
+            x_adv = threat.clamp(x_adv) if radius is None else threat.project(x_adv, batch.x)
+        return found._replace(x_adv=x_adv)
+
+    def outer_views(self, objective: Objective, sides: Sequence[str]) -> dict[str, View]:
+        """The views of the outer forwards: the classifier in training mode, and every further network under its name."""
+        statistics: Statistics = "batch_tracked"
+        return {
+            side: View(
+                self.networks[side] if side in self.networks else self.model,
+                statistics=statistics,
+                taps=() if side in self.networks else objective.taps,
+            )
+            for side in sides
+        }
+
+    def run(
+        self, objective: Objective, views: Views, sides: Sequence[str], batch: Batch, attacked: Attacked | None
+    ) -> dict[str, Outputs]:
+        """The outer forwards, in the objective's order (clean before adv unless it says otherwise)."""
+        return {side: views[side](objective.side_input(side, batch, attacked)) for side in sides}
+
+    def search(
+        self, objective: Objective, batch: Batch, attacked: Attacked | None, progress: Progress
+    ) -> Search:
+        """What a weight search climbs, under candidate views and batch statistics that are not tracked."""
+
+        def ascended(views: Views, sides: Sequence[str], loss: Ascended) -> Tensor:
+            quiet = {side: replace(views[side], statistics="batch") for side in sides}
+            outputs = self.run(objective, quiet, sides, batch, attacked)
+            if loss == "adversarial_ce":
+                return cross_entropy(outputs["adv"].logits, batch.labels).mean()
+            return self.reduce(objective(Forward(batch, outputs, attacked, progress)), len(batch.y))["loss"]
+
+        return ascended
+
+    def reduce(self, terms: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+        """Means over the valid rows of all processes, scaled so that DistributedDataParallel's mean of gradients is right."""
+        for name, term in terms.items():
+            if term.shape != (rows,):
+                raise HoldfastError(f"loss term {name!r} has shape {tuple(term.shape)}: return one value an image, ({rows},)")
+            if self.check_finite and not bool(torch.isfinite(term).all()):
+                raise not_finite(name)
+        if distributed.active():
+            everyone = distributed.total(torch.tensor(float(rows), device=next(iter(terms.values())).device))
+            means = {name: term.sum() * (distributed.world_size() / everyone) for name, term in terms.items()}
+        else:
+            means = {name: term.mean() for name, term in terms.items()}
+        return {"loss": torch.stack(list(means.values())).sum(), **means}
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """One optimiser over all trained parameters: the classifier's, the objective's and the further networks'."""
+        settings: SGD = self.recipe.optimizer
+        start = Progress(epochs=self.recipe.epochs)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [
+            torch.optim.SGD(
+                trained,
+                lr=settings.learning_rate * self.recipe.schedule(start),
+                momentum=value_at(settings.momentum, start),
+                weight_decay=value_at(settings.weight_decay, start),
+                nesterov=settings.nesterov,
+            )
+        ]
+
+    def after_backward(self, progress: Progress) -> None:
+        """Nothing: the averages and the objective have no use for raw gradients."""
+
+
+def not_finite(term: str) -> NonFiniteLoss:
+    """The error for a term that is NaN or infinite."""
+    return NonFiniteLoss(
+        f"loss term {term!r} is NaN or infinite: lower the learning rate, set --training.gradient_clip 1.0 or use"
+        " --precision fp32; the last checkpoint is kept"
+    )
+
+
+class _forked_generator:
+    """Draws inside come from a generator seeded by (seed, step); afterwards the global one is as it was."""
+
+    def __init__(self, progress: Progress, device: torch.device) -> None:
+        self.seed = progress.key("model draws").fold(progress.step, distributed.rank()).torch_seed
+        self.fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+    def __enter__(self) -> None:
+        self.fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        self.fork.__exit__(*error)  # type: ignore[arg-type]  # the three exception arguments, passed on
