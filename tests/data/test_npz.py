@@ -109,6 +109,7 @@ def test_all_but_black_images_are_told(tmp_path):
             {"x_train": X_TRAIN.astype(float)},
             r"x_train is float from 0 to 255, 0 to 1 is expected: store uint8, or divide",
         ),
+        ({"x_test": X_TEST / 255 * 1.01}, "x_test is float from 0 to 1.01, 0 to 1 is expected"),
         ({"x_test": X_TEST / 255 - 0.5}, "x_test is float from -0.5 to"),
         ({"x_test": np.full((4, 5, 7, 3), np.nan)}, "x_test is float from nan"),
         ({"x_train": X_TRAIN.astype(np.int64)}, "x_train is int64: store uint8 from 0 to 255, or float"),
@@ -139,7 +140,7 @@ def test_refuses_damage(tmp_path):
     raw = bytearray(path.read_bytes())
     raw[400:420] = b"x" * 20
     path.write_bytes(raw)
-    with pytest.raises(HoldfastError, match="mine.npz cannot be read .*CRC"):
+    with pytest.raises(HoldfastError, match=r"mine.npz cannot be read .*CRC"):
         npz.read(path)
 
 

@@ -167,7 +167,7 @@ def test_saved_dataset_dict(tmp_path):
     assert np.array_equal(data.test.pixels.numpy(), TEST)
     assert data.classes == NAMES
     (tmp_path / "test" / "state.json").unlink()
-    with pytest.raises(HoldfastError, match="is not a whole saved DatasetDict .*: save it again"):
+    with pytest.raises(HoldfastError, match=r"is not a whole saved DatasetDict .*: save it again"):
         parquet.read(tmp_path)
     (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": []}))
     with pytest.raises(HoldfastError, match="has no train split"):
@@ -176,7 +176,7 @@ def test_saved_dataset_dict(tmp_path):
 
 def test_refuses_a_missing_shard(tmp_path):
     (write(tmp_path) / "train-00001-of-00002.parquet").unlink()
-    with pytest.raises(HoldfastError, match="lacks train-00001-of-00002.parquet: download every shard of the split"):
+    with pytest.raises(HoldfastError, match=r"lacks train-00001-of-00002.parquet: download every shard of the split"):
         parquet.read(tmp_path)
 
 
@@ -190,7 +190,7 @@ def test_refuses_several_data_sets(tmp_path):
 def test_refuses_a_damaged_file(tmp_path):
     file = write(tmp_path) / "train-00001-of-00002.parquet"
     file.write_bytes(file.read_bytes()[:-7])
-    with pytest.raises(HoldfastError, match="train-00001-of-00002.parquet cannot be read .*: download it again"):
+    with pytest.raises(HoldfastError, match=r"train-00001-of-00002.parquet cannot be read .*: download it again"):
         parquet.read(tmp_path)
 
 
@@ -226,7 +226,7 @@ def test_refuses_content(tmp_path, test, message):
 def test_refuses_shards_with_other_columns(tmp_path):
     write(tmp_path)
     pq.write_table(make_table(TEST, [1, 0], label="labels"), tmp_path / "train-00001-of-00002.parquet")
-    with pytest.raises(HoldfastError, match="train-00001-of-00002.parquet has other columns than train-00000"):
+    with pytest.raises(HoldfastError, match=r"train-00001-of-00002.parquet has other columns than train-00000"):
         parquet.read(tmp_path)
 
 

@@ -153,7 +153,7 @@ def test_refuses_unknown_formats(tmp_path):
         load(str(tmp_path))
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(
-        HoldfastError, match="a.txt is in none of the known formats: give an .npz file, CIFAR's .tar.gz"
+        HoldfastError, match=r"a.txt is in none of the known formats: give an .npz file, CIFAR's .tar.gz"
     ):
         load(str(tmp_path / "a.txt"))
 

@@ -54,7 +54,7 @@ def test_a_single_image_has_lost_its_last_dimension(folder):
 
 def test_refuses_a_missing_file(folder):
     (folder / "test_32x32.mat").unlink()
-    with pytest.raises(HoldfastError, match="lacks test_32x32.mat: put both SVHN files there"):
+    with pytest.raises(HoldfastError, match=r"lacks test_32x32.mat: put both SVHN files there"):
         svhn.read(folder)
 
 
