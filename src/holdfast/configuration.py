@@ -111,3 +111,23 @@ def build_recipe(config: Mapping[str, Any]) -> Recipe:
         raise HoldfastError(f"the configuration lacks {error}: start from the config.yaml of a run") from None
     except TypeError as error:
         raise HoldfastError(f"the configuration is wrong: {error}; compare it with the config.yaml of a run") from None
+
+
+KEYS = (
+    "recipe", "threat", "attack", "objective", "views", "averages", "optimizer", "schedule", *SCALARS,
+    "data", "model", "seed", "init", "training", "resolved",
+)  # fmt: skip
+
+
+def check_keys(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration with unknown or missing keys at its top.
+
+    Raises:
+        HoldfastError: names the key, and the nearest known one.
+    """
+    for key in config:
+        if key not in KEYS:
+            raise unknown_name("configuration key", key, KEYS)
+    for key in ("recipe", "threat", "objective", "averages", "optimizer", "schedule", "data", "model", "seed", "training"):
+        if key not in config:
+            raise HoldfastError(f"the configuration lacks {key!r}: start from the config.yaml of a run")

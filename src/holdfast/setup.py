@@ -21,9 +21,10 @@ from holdfast.data.split import stratified_split
 from holdfast.errors import HoldfastError
 from holdfast.forward import Batch
 from holdfast.keyed_random import Key
+from holdfast.models.factory import build
 from holdfast.recipe import Recipe
 from holdfast.runs.environment import supports_bf16
-from holdfast.runs.export import load_weights, model_description, model_folder, read_weights, rebuild
+from holdfast.runs.export import load_weights, model_description, model_folder, read_weights
 from holdfast.threat import readable
 
 Precision = Literal["auto", "bf16", "fp32", "fp64"]
@@ -179,7 +180,7 @@ def prepare(
     sample = to_pixels(loader.images.pixels[first], dtype)
     checks.check_batch(Batch(sample, loader.images.labels), dataset.num_classes)
     checks.check_model(network, sample, dataset.num_classes)
-    config = run_config(recipe, dataset, data, spec, settings, seed, init, len(loader))
+    config = run_config(recipe, dataset, spec, settings, seed, init, len(loader))
     return Setup(
         recipe=recipe,
         settings=settings,
@@ -251,15 +252,8 @@ def build_model(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(Key(seed).fold("initial weights").torch_seed)
-        network = rebuild_here(spec)
+        network = build(str(spec["name"]), **{key: value for key, value in spec.items() if key != "name"})
     return network, spec
-
-
-def rebuild_here(spec: Mapping[str, Any]) -> nn.Module:
-    """Build with the current generator (`rebuild` forks it)."""
-    from holdfast.models.factory import build
-
-    return build(str(spec["name"]), **{key: value for key, value in spec.items() if key != "name"})
 
 
 def description(recipe: Recipe, dataset: Dataset, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +274,6 @@ def description(recipe: Recipe, dataset: Dataset, spec: Mapping[str, Any]) -> di
 def run_config(
     recipe: Recipe,
     dataset: Dataset,
-    data: str | Dataset,
     spec: Mapping[str, Any],
     settings: Settings,
     seed: int,
@@ -293,7 +286,7 @@ def run_config(
     knots = recipe.schedule.knots
     return {
         **recipe_config(recipe),
-        "data": data if isinstance(data, str) else dataset.name,
+        "data": dataset.source or dataset.name,
         "model": model,
         "seed": seed,
         "init": None if init is None else str(init),

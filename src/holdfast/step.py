@@ -179,7 +179,7 @@ class AdversarialStep(nn.Module):
 def not_finite(term: str) -> NonFiniteLoss:
     """The error for a term that is NaN or infinite."""
     return NonFiniteLoss(
-        f"loss term {term!r} is NaN or infinite: lower the learning rate, set --training.gradient_clip 1.0 or use"
+        f"loss term {term!r} is NaN or infinite: lower the learning rate, set --gradient-clip 1.0, or use"
         " --precision fp32; the last checkpoint is kept"
     )
 

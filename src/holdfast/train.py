@@ -227,7 +227,7 @@ class Loop:
         for name, (total, _) in self.sums.items():
             if not math.isfinite(float(total)):
                 raise not_finite(name)
-        return {name: float(term) for name, term in terms.items()}
+        return {name: float(term.detach()) for name, term in terms.items()}
 
     def pause(self) -> None:
         """Stop if asked to, and save now and then."""

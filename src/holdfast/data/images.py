@@ -65,6 +65,7 @@ class Dataset:
         flip: A horizontal flip leaves the class as it is.
         crop: Random crops with padding are customary.
         notes: What the reader decided and the user should be told, one sentence each.
+        source: What `load` was asked for, so that a run can load it again.
     Units:
         suggested_epsilon: pixel scale [0, 1].
     Raises:
@@ -86,6 +87,7 @@ class Dataset:
     flip: bool = False
     crop: bool = True
     notes: tuple[str, ...] = ()
+    source: str = ""
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 
 from holdfast.data import cifar, digits, folder, idx, npz, parquet, svhn
@@ -36,9 +37,9 @@ def load(source: str, *, image_size: int | None = None, seed: int = 0) -> Datase
         if not path.exists():
             raise HoldfastError(_not_found(source))
         dataset = _read(path, image_size=image_size, seed=seed)
-    if image_size is None or dataset.image_size == (image_size, image_size):
-        return dataset
-    return _resized(dataset, image_size)
+    if image_size is not None and dataset.image_size != (image_size, image_size):
+        dataset = _resized(dataset, image_size)
+    return replace(dataset, source=source)
 
 
 def _read(path: Path, *, image_size: int | None, seed: int) -> Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,3 +160,12 @@ def evaluate(
             tick(len(rows))
     clean_count, robust_count = distributed.total(counts).tolist()
     return Evaluation(len(index), clean_count, None if attack is None else robust_count, describe_attack(attack, threat))
+
+
+def in_words(found: Mapping[str, Any]) -> str:
+    """An evaluation's dictionary as a line that can be quoted."""
+    text = f"clean {found['clean_accuracy']:.1%}"
+    if found.get("robust_accuracy") is not None:
+        low, high = found["interval"]
+        text += f", robust {found['robust_accuracy']:.1%} [{low:.1%}, {high:.1%}] under {found['attack']}"
+    return f"{text} (n = {found['n']}, 95 % Wilson interval)"

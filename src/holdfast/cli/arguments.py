@@ -1,0 +1,83 @@
+"""Reading command lines: plain options, and `--section.key value` for everything else."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from holdfast.errors import HoldfastError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that refuses as everything else here does, and names the nearest option for a typo."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise HoldfastError(f"{message}; `{self.prog} --help` explains")
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse everything, or refuse."""
+        known, rest = self.read_known(argv)
+        if rest:
+            raise unknown_option(rest[0], list(self._option_string_actions))
+        return known
+
+    def read_known(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parse what is known; an option with an underscore means the one with a hyphen. Returns the rest too."""
+        options = self._option_string_actions
+        spelt = []
+        for word in joined(argv):
+            name, equals, value = word.partition("=")
+            other = name.replace("_", "-")
+            spelt.append(other + equals + value if name.startswith("--") and name not in options and other in options else word)
+        return self.parse_known_args(spelt)
+
+
+def joined(argv: Sequence[str]) -> list[str]:
+    """`--section.key value` as one word, so that the value is not taken for something else.
+
+    Example:
+        >>> joined(["--attack.steps", "20", "pgd_at"])
+        ['--attack.steps=20', 'pgd_at']
+    """
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--") and "." in word and "=" not in word and rest and not rest[0].startswith("--"):
+            word = f"{word}={rest.pop(0)}"
+        words.append(word)
+    return words
+
+
+def unknown_option(word: str, known: Sequence[str]) -> HoldfastError:
+    """The refusal of an option or a stray word, with the nearest options."""
+    name = word.partition("=")[0]
+    if not name.startswith("-"):
+        return HoldfastError(f"{word!r} is one word too many: options begin with --")
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
+    return HoldfastError(f"option {name} is unknown: {hint}")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return number
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output; everything else goes to standard error."""
+    json.dump(value, sys.stdout, indent=2)
+    sys.stdout.write("\n")

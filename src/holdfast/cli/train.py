@@ -1,0 +1,205 @@
+"""`holdfast train`."""
+
+from __future__ import annotations
+
+import sys
+from argparse import SUPPRESS, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.cli.arguments import Parser, positive, print_json
+from holdfast.cli.table import RECIPES
+from holdfast.errors import HoldfastError
+
+_EXAMPLES = """examples:
+  holdfast train piat_nmse --data digits
+  holdfast train pgd_at_wa --data path/to/fashion-mnist --epochs 10
+  holdfast train pgd_at --data path/to/images --model resnet18 --threat.epsilon 4/255 --image-size 64
+  holdfast train --config runs/one/config.yaml --seed 1        the same run with another seed
+  holdfast train --resume --out runs/one                       go on where it stopped
+
+Any other --section.key value changes a setting: --attack.steps 20, --objective.strength 3, --optimizer.learning_rate
+0.05, --averages.ema.decay 0.999, --training.compile true. `holdfast train RECIPE --help` lists them all."""
+
+
+def parser() -> Parser:
+    """The plain options of `holdfast train`."""
+    known = Parser(prog="holdfast train", description="Train a classifier that holds under attack.", epilog=_EXAMPLES)
+    known.add_argument("recipe", nargs="?", metavar="RECIPE", help=f"one of {', '.join(RECIPES)}")
+    known.add_argument("--data", metavar="SOURCE", help="digits, or the path of your images (`holdfast list data`)")
+    known.add_argument("--model", metavar="NAME", help="a name of `holdfast list models`, or file.py:function (small_cnn)")
+    known.add_argument("--threat.epsilon", dest="epsilon", metavar="E", help="radius in pixel scale, for example 8/255")
+    known.add_argument("--threat.norm", dest="norm", metavar="NORM", help="Linf, L2 or L1 (Linf)")
+    known.add_argument("--epochs", type=positive, metavar="N", help="length of the run; schedules stretch with it")
+    known.add_argument("--batch-size", type=positive, metavar="N", help="images a step, over all processes")
+    known.add_argument("--seed", type=int, metavar="N", help="of weights, order, augmentation and attacks (0)")
+    known.add_argument("--precision", metavar="P", help="auto, bf16, fp32 or fp64 (auto)")
+    known.add_argument("--image-size", type=positive, metavar="N", help="resize images of a folder or Parquet to NxN")
+    known.add_argument("--validate-every", type=positive, metavar="N", help="epochs between validations (1)")
+    known.add_argument("--warmup", type=float, metavar="SHARE", help="share of the run on clean images first")
+    known.add_argument("--label-smoothing", type=float, metavar="S", help="share of the label given to other classes")
+    known.add_argument("--gradient-clip", type=float, metavar="NORM", help="largest norm of the gradient")
+    known.add_argument("--paper-settings", action="store_true", help="everything as in the method's paper or code")
+    known.add_argument("--init", metavar="RUN_OR_FILE", help="start from the weights of a run or a .safetensors file")
+    known.add_argument("--out", metavar="DIR", help="the run folder (runs/<time>-<recipe>-<data>)")
+    known.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    known.add_argument("--config", metavar="FILE", help="repeat the run of a config.yaml; other options change it")
+    known.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    known.add_argument("--quiet", action="store_true", help=SUPPRESS)
+    return known
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train, and print what came out."""
+    options = parser()
+    if any(word in ("-h", "--help") for word in argv):
+        return explain(options, argv)
+    asked, rest = options.read_known(argv)
+    if asked.epsilon is not None:
+        from holdfast.threat import parse_epsilon
+
+        parse_epsilon(asked.epsilon)  # refused before anything is loaded
+    folder = Path(asked.out) if asked.out else None
+    if asked.resume and folder is None:
+        raise HoldfastError("--resume needs the run folder: add --out DIR")
+    config, data = configure(asked, rest, folder)
+
+    from holdfast.configuration import build_recipe
+    from holdfast.progress_display import Display, LiveDisplay
+    from holdfast.runs.memory import keep_freed_memory
+    from holdfast.setup import Settings
+    from holdfast.train import fit
+
+    keep_freed_memory()
+    model = dict(config["model"])
+    if model.get("name") is None:
+        raise HoldfastError("this run's model was given from Python: repeat it from Python, with fit()")
+    finished = fit(
+        build_recipe(config),
+        data if data is not None else config["data"],
+        model.pop("name"),
+        out=asked.out,
+        seed=config["seed"],
+        settings=Settings(**config["training"]),
+        resume=asked.resume,
+        init=config["init"],
+        model_options=model,
+        display=Display() if asked.quiet else LiveDisplay(),
+    )
+    if int(__import__("os").environ.get("RANK", "0")) == 0:
+        report(finished, as_json=asked.json)
+    return 0
+
+
+def report(finished: Any, *, as_json: bool) -> None:
+    """The outcome on standard output."""
+    summary = finished.summary
+    if as_json:
+        print_json({**summary, "out": str(finished.path)})
+        return
+    from holdfast.evaluation.accuracy import in_words
+
+    print(f"best (epoch {summary['best']['epoch']}): {in_words(summary['best'])}")
+    if summary["last"]["epoch"] != summary["best"]["epoch"]:
+        print(f"last (epoch {summary['last']['epoch']}): {in_words(summary['last'])}")
+    print(f"everything lies in {finished.path}; next: holdfast evaluate {finished.path}")
+
+
+def configure(asked: Namespace, rest: Sequence[str], folder: Path | None) -> tuple[dict[str, Any], Any]:
+    """The resolved configuration that was asked for, and the data where it had to be loaded to find it."""
+    from holdfast.runs.folder import CONFIG, read_config
+
+    resuming = asked.resume and folder is not None and (folder / CONFIG).exists()
+    if resuming and folder is not None:
+        config = read_config(folder / CONFIG)
+        if asked.recipe and asked.recipe.lower().replace("-", "_") != config.get("recipe"):
+            raise HoldfastError(f"{folder} holds a run of {config.get('recipe')}, not {asked.recipe}: leave the recipe out")
+        data = None
+    elif asked.config:
+        config, data = read_config(Path(asked.config)), None
+        if asked.recipe:
+            raise HoldfastError("--config already names the recipe: give one or the other")
+    else:
+        config, data = from_recipe(asked)
+    return apply(config, asked, rest), data
+
+
+def from_recipe(asked: Namespace) -> tuple[dict[str, Any], Any]:
+    """The configuration of a recipe with its own settings, and the loaded data."""
+    if not asked.recipe:
+        missing = "nothing to resume there, and no RECIPE was given" if asked.resume else "RECIPE is missing"
+        raise HoldfastError(f"{missing}: name one of {', '.join(RECIPES)}")
+    from dataclasses import asdict
+
+    from holdfast.configuration import recipe_config
+    from holdfast.data.sources import load
+    from holdfast.recipes import recipe_by_name
+    from holdfast.setup import Settings
+    from holdfast.threat import build_threat, readable
+
+    recipe = recipe_by_name(asked.recipe)
+    if not asked.data:
+        raise HoldfastError("--data is missing: give digits, or the path of your images (`holdfast list data`)")
+    data = load(asked.data, image_size=asked.image_size)
+    epsilon: Any = asked.epsilon
+    norm = asked.norm or "Linf"
+    if epsilon is None:
+        if data.suggested_epsilon is None or norm.lower() != "linf":
+            raise HoldfastError(f"no epsilon is customary for {data.name} under {norm}: give one, --threat.epsilon 8/255")
+        epsilon = data.suggested_epsilon
+        print(f"epsilon {readable(epsilon)}, as is customary for {data.name} (--threat.epsilon changes it)", file=sys.stderr)
+    model = asked.model or "small_cnn"
+    built = recipe(epsilon=build_threat(norm, epsilon), model=model, paper_settings=asked.paper_settings)
+    settings = Settings(image_size=asked.image_size)
+    config = {
+        **recipe_config(built),
+        "data": asked.data,
+        "model": {"name": model},
+        "seed": 0,
+        "init": None,
+        "training": asdict(settings),
+    }
+    return config, data
+
+
+def apply(config: dict[str, Any], asked: Namespace, rest: Sequence[str]) -> dict[str, Any]:
+    """The configuration with the plain options and the --section.key ones."""
+    from holdfast.cli.overrides import override
+    from holdfast.configuration import check_keys
+
+    check_keys(config)
+    config = {key: value for key, value in config.items() if key != "resolved"}
+    if asked.model and asked.model != config["model"].get("name"):
+        config["model"] = {"name": asked.model}
+    for name in ("data", "seed", "init", "epochs", "batch_size", "warmup", "label_smoothing", "gradient_clip"):
+        if getattr(asked, name) is not None:
+            config[name] = getattr(asked, name)
+    for name in ("epsilon", "norm"):
+        if getattr(asked, name) is not None:
+            config["threat"] = {**config["threat"], name: getattr(asked, name)}
+    for name in ("precision", "image_size", "validate_every"):
+        if getattr(asked, name) is not None:
+            config["training"] = {**config["training"], name: getattr(asked, name)}
+    return override(config, rest)
+
+
+def explain(options: Parser, argv: Sequence[str]) -> int:
+    """`--help`: the plain options; with a recipe, all its settings too."""
+    print(options.format_help())
+    names = [word for word in argv if not word.startswith("-")]
+    if not names:
+        return 0
+    from dataclasses import asdict
+
+    from holdfast.cli.overrides import section_parser
+    from holdfast.configuration import recipe_config
+    from holdfast.recipes import recipe_by_name
+    from holdfast.setup import Settings
+
+    recipe = recipe_by_name(names[0])
+    built = recipe(epsilon="8/255")
+    print((recipe.__doc__ or "").strip(), "\n\nits settings, for epsilon 8/255:\n")
+    config = {**recipe_config(built), "training": asdict(Settings())}
+    print(section_parser(config, f"holdfast train {built.name}").format_help().partition("\n\n")[2])
+    return 0
