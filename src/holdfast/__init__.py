@@ -64,7 +64,34 @@ _PLACES = {
     "fit": ("train", "fit"),
 }
 
-__all__ = sorted([*_PLACES, "__version__", "recipes"])
+__all__ = [  # noqa: RUF022 - in the order of use, not of the alphabet
+    "fit",
+    "recipes",
+    "load_data",
+    "load_model",
+    "build_model",
+    "evaluate",
+    "Settings",
+    "Recipe",
+    "AdversarialStep",
+    "Batch",
+    "View",
+    "Progress",
+    "Schedule",
+    "Linf",
+    "L2",
+    "L1",
+    "PGD",
+    "FGSM",
+    "Objective",
+    "StandardTraining",
+    "AdversarialTraining",
+    "NormalizedMSE",
+    "EMA",
+    "Interpolation",
+    "HoldfastError",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,9 @@ def check_batch(batch: Batch, num_classes: int) -> None:
     """
     low, high = float(batch.x.min()), float(batch.x.max())
     if not (low >= 0 and high <= 1):
-        advice = "divide by 255" if high > 1 and low >= 0 else "scale them to [0, 1]; normalisation belongs inside the model"
+        advice = (
+            "divide by 255" if high > 1 and low >= 0 else "scale them to [0, 1]; normalisation belongs inside the model"
+        )
         raise HoldfastError(f"pixels lie in [{low:g}, {high:g}] instead of [0, 1]: {advice}")
     low_label, high_label = int(batch.y.min()), int(batch.y.max())
     if low_label < 0 or high_label >= num_classes:

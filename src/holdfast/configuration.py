@@ -67,7 +67,9 @@ def unknown_name(what: str, name: object, allowed: Iterable[str]) -> HoldfastErr
     return HoldfastError(f"{what} {name!r} is unknown: {hint}")
 
 
-def build_component(what: str, config: Mapping[str, Any] | None, table: Mapping[str, type[Any]], key: str = "name") -> Any:
+def build_component(
+    what: str, config: Mapping[str, Any] | None, table: Mapping[str, type[Any]], key: str = "name"
+) -> Any:
     """A part from its configuration.
 
     Raises:
@@ -118,9 +120,14 @@ KEYS = (
     "data", "model", "seed", "init", "training", "resolved",
 )  # fmt: skip
 
+KINDS: dict[str, type[Any]] = {
+    "threat": Mapping, "objective": Mapping, "averages": list, "optimizer": Mapping, "schedule": Mapping,
+    "data": str, "model": Mapping, "seed": int, "training": Mapping,
+}  # fmt: skip
+
 
 def check_keys(config: Mapping[str, Any]) -> None:
-    """Refuse a configuration with unknown or missing keys at its top.
+    """Refuse a configuration with unknown or missing keys at its top, or with something of the wrong kind below one.
 
     Raises:
         HoldfastError: names the key, and the nearest known one.
@@ -128,6 +135,17 @@ def check_keys(config: Mapping[str, Any]) -> None:
     for key in config:
         if key not in KEYS:
             raise unknown_name("configuration key", key, KEYS)
-    for key in ("recipe", "threat", "objective", "averages", "optimizer", "schedule", "data", "model", "seed", "training"):
+    for key in ("recipe", *KINDS):
         if key not in config:
             raise HoldfastError(f"the configuration lacks {key!r}: start from the config.yaml of a run")
+    for key, kind in (*KINDS.items(), ("attack", Mapping), ("views", list)):
+        value = config.get(key)
+        if (not isinstance(value, kind) or isinstance(value, bool)) and not (value is None and key in ("attack", "views")):
+            raise HoldfastError(f"the configuration's {key!r} is {value!r}: write it as in the config.yaml of a run")
+    for key in ("views", "averages"):
+        if not all(isinstance(part, Mapping) for part in config.get(key) or ()):
+            raise HoldfastError(
+                f"the configuration's {key!r} is no list of mappings: write - name: … as config.yaml does"
+            )
+    if config["threat"].get("norm") not in THREATS:
+        raise unknown_name("threat norm", config["threat"].get("norm"), THREATS)

@@ -128,7 +128,9 @@ class View:
             logits = self.model(x) if state is None else torch.func.functional_call(self.model, dict(state), (x,))
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise HoldfastError(f"the model returned {shape} instead of logits (B, K): return one row of logits an image")
+            raise HoldfastError(
+                f"the model returned {shape} instead of logits (B, K): return one row of logits an image"
+            )
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
         return Outputs(logits, features)
@@ -159,7 +161,9 @@ def _running(model: nn.Module, training: bool, branch: str) -> Iterator[None]:
         if hasattr(module, "active_branch"):
             branched.append((module, module.active_branch))  # type: ignore[arg-type]  # a str by the protocol above
     if branch != "main" and not branched:
-        raise HoldfastError(f"the model has no BatchNorm branch {branch!r}: add it with the view transform that needs it")
+        raise HoldfastError(
+            f"the model has no BatchNorm branch {branch!r}: add it with the view transform that needs it"
+        )
     try:
         for module in switched:
             module.training = training

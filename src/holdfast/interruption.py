@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ class Interrupted(KeyboardInterrupt):
     """Training stopped because it was asked to, after its state was saved in `path`."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"stopped; go on with: holdfast train --resume --out {path}")
+        super().__init__(f"stopped; go on with: holdfast train --resume --out {shlex.quote(str(path))}")
         self.path = path
 
 

@@ -35,7 +35,7 @@ def _mix_int(value: int) -> int:
 
 
 def _mix(value: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64 tensors, in place: torch's shift keeps the sign, so the high bits are masked."""
+    """The splitmix64 finaliser on int64, in place. Torch's shift keeps the sign, so the high bits are masked."""
     shifted = torch.empty_like(value)
     for shift, factor in ((30, _ROUND_1), (27, _ROUND_2), (31, None)):
         torch.bitwise_right_shift(value, shift, out=shifted)

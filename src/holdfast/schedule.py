@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from holdfast.errors import HoldfastError
@@ -91,11 +92,14 @@ class Schedule:
             knots = tuple((float(position), float(value)) for position, value in self.knots)
         except (TypeError, ValueError):
             raise HoldfastError(f"schedule knots {self.knots!r} are not pairs: write [[0, 1], [0.5, 0.1]]") from None
-        if not knots or any(later[0] < earlier[0] for earlier, later in zip(knots, knots[1:], strict=False)):
+        if not knots or any(later[0] < earlier[0] for earlier, later in pairwise(knots)):
             raise HoldfastError(f"schedule knots {self.knots!r} must be a list with rising positions")
         if self.by == "fraction" and not all(0 <= position <= 1 for position, _ in knots):
             raise HoldfastError(f"schedule knots {self.knots!r} are fractions of the run: positions lie in [0, 1]")
-        for word, allowed in ((self.interpolation, ("step", "linear", "cosine")), (self.by, ("fraction", "epoch", "stage"))):
+        for word, allowed in (
+            (self.interpolation, ("step", "linear", "cosine")),
+            (self.by, ("fraction", "epoch", "stage")),
+        ):
             if word not in allowed:
                 raise HoldfastError(f"schedule word {word!r} is unknown: use one of {', '.join(allowed)}")
         object.__setattr__(self, "knots", knots)
@@ -105,7 +109,7 @@ class Schedule:
         knots = self.knots
         if position < knots[0][0]:
             return knots[0][1]
-        for (begin, start), (end, goal) in zip(knots, knots[1:], strict=False):
+        for (begin, start), (end, goal) in pairwise(knots):
             if position < end:
                 if self.interpolation == "step" or end == begin:
                     return start
@@ -119,9 +123,9 @@ class Schedule:
         return self.at(getattr(progress, self.by))
 
     def stage(self, fraction: float) -> int:
-        """How often the value has started to drop up to this fraction of the run (a learning-rate schedule's stages)."""
+        """How often the value has started to drop by this fraction of the run: a learning-rate schedule's stages."""
         drops = 0
-        for (begin, start), (end, goal) in zip(self.knots, self.knots[1:], strict=False):
+        for (begin, start), (end, goal) in pairwise(self.knots):
             if goal < start:
                 drops += fraction >= (end if self.interpolation == "step" else begin)
         return drops

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from holdfast import __version__, checks, distributed
+from holdfast.attacks.base import require_steepest
 from holdfast.configuration import recipe_config
 from holdfast.data.augment import default_padding
 from holdfast.data.images import Dataset, Images
@@ -21,7 +22,7 @@ from holdfast.data.split import stratified_split
 from holdfast.errors import HoldfastError
 from holdfast.forward import Batch
 from holdfast.keyed_random import Key
-from holdfast.models.factory import build
+from holdfast.models.factory import accepted, build
 from holdfast.recipe import Recipe
 from holdfast.runs.environment import supports_bf16
 from holdfast.runs.export import load_weights, model_description, model_folder, read_weights
@@ -73,13 +74,17 @@ class Settings:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("validate_every", "validation_images", "test_steps", "evaluation_batch", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise HoldfastError(f"{name} is {getattr(self, name)}: give a whole number of at least 1")
+        for name, least in (("validate_every", 1), ("validation_images", 1), ("validation_steps", 0), ("test_steps", 1),
+                            ("test_images", 1), ("evaluation_batch", 1), ("keep_checkpoints", 1), ("padding", 0)):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name in ("test_images", "padding"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise HoldfastError(f"{name} is {value!r}: give a whole number of at least {least}")
+        if isinstance(self.checkpoint_minutes, bool) or not isinstance(self.checkpoint_minutes, int | float):
+            raise HoldfastError(f"checkpoint_minutes is {self.checkpoint_minutes!r}: give a number")
         if self.precision not in ("auto", "bf16", "fp32", "fp64"):
             raise HoldfastError(f"precision {self.precision!r} is unknown: use auto, bf16, fp32 or fp64")
-        if self.padding is not None and self.padding < 0:
-            raise HoldfastError(f"padding is {self.padding}: give pixels, 0 for no crop")
 
 
 @dataclass(frozen=True)
@@ -137,16 +142,20 @@ def prepare(
     Raises:
         HoldfastError: bad input; the message says what to do.
     """
+    require_steepest(recipe.threat, "PGD")  # validation and the closing evaluation run it
     dataset = load(data, image_size=settings.image_size) if isinstance(data, str) else data
     device = choose_device(settings.device)
     precision = settings.precision
     if precision == "auto":
         precision = "bf16" if supports_bf16(device) else "fp32"
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    recipe = replace(recipe, objective=copy.deepcopy(recipe.objective), averages=copy.deepcopy(recipe.averages))
+    parts = {name: getattr(recipe, name) for name in ("attack", "objective", "views", "averages", "networks")}
+    recipe = replace(recipe, **copy.deepcopy(parts))  # the caller's own stay as they are
     count = min(settings.validation_images, len(dataset.train) // 10)
     if count < 1:
-        raise HoldfastError(f"{len(dataset.train)} training images are too few to hold out a validation part: give ten or more")
+        raise HoldfastError(
+            f"{len(dataset.train)} training images are too few to hold out a validation part: give ten or more"
+        )
     kept, held = stratified_split(dataset.train.labels, count, seed)
     training, validation = dataset.train.subset(kept), dataset.train.subset(held)
     batch_size = min(recipe.batch_size, len(training))
@@ -229,7 +238,9 @@ def choose_device(word: str) -> torch.device:
         raise HoldfastError(f"device {word!r} is unknown: use auto, cpu or cuda") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise HoldfastError("device cuda is not available here: use --training.device cpu; `holdfast doctor` tells more")
+            raise HoldfastError(
+                "device cuda is not available here: use --training.device cpu; `holdfast doctor` tells more"
+            )
         return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
 
@@ -241,13 +252,16 @@ def build_model(
     if isinstance(model, nn.Module):
         return copy.deepcopy(model), model_description(None, model)
     pixels = training.pixels.flatten(0, 2).double() / 255
+    statistics = {
+        "mean": [round(value, 4) for value in pixels.mean(0).tolist()],
+        "std": [round(max(value, 1e-3), 4) for value in pixels.std(0).tolist()],
+    }
     spec = {
         "name": model,
         "num_classes": dataset.num_classes,
         "channels": dataset.channels,
         "image_size": list(dataset.image_size),
-        "mean": [round(value, 4) for value in pixels.mean(0).tolist()],
-        "std": [round(max(value, 1e-3), 4) for value in pixels.std(0).tolist()],
+        **accepted(model, statistics),
         **options,
     }
     with torch.random.fork_rng(devices=[]):
@@ -281,7 +295,9 @@ def run_config(
     steps_per_epoch: int,
 ) -> dict[str, Any]:
     """The resolved configuration: what `holdfast train --config` repeats, and, below `resolved`, what came of it."""
-    model = {key: value for key, value in spec.items() if key not in ("num_classes", "channels", "image_size", "mean", "std")}
+    model = {
+        key: value for key, value in spec.items() if key not in ("num_classes", "channels", "image_size", "mean", "std")
+    }
     total = steps_per_epoch * recipe.epochs
     knots = recipe.schedule.knots
     return {

@@ -63,9 +63,7 @@ class AdversarialStep(nn.Module):
 
     replays = 1
 
-    def __init__(
-        self, recipe: Recipe, model: nn.Module, *, precision: str = "fp32", check_finite: bool = True
-    ) -> None:
+    def __init__(self, recipe: Recipe, model: nn.Module, *, precision: str = "fp32", check_finite: bool = True) -> None:
         super().__init__()
         self.recipe = recipe
         self.model = model
@@ -112,11 +110,11 @@ class AdversarialStep(nn.Module):
         return found._replace(x_adv=x_adv)
 
     def outer_views(self, objective: Objective, sides: Sequence[str]) -> dict[str, View]:
-        """The views of the outer forwards: the classifier in training mode, and every further network under its name."""
+        """The views of the outer forwards: the classifier in training mode, further networks under their names."""
         statistics: Statistics = "batch_tracked"
         return {
             side: View(
-                self.networks[side] if side in self.networks else self.model,
+                dict(self.networks).get(side, self.model),
                 statistics=statistics,
                 taps=() if side in self.networks else objective.taps,
             )
@@ -129,9 +127,7 @@ class AdversarialStep(nn.Module):
         """The outer forwards, in the objective's order (clean before adv unless it says otherwise)."""
         return {side: views[side](objective.side_input(side, batch, attacked)) for side in sides}
 
-    def search(
-        self, objective: Objective, batch: Batch, attacked: Attacked | None, progress: Progress
-    ) -> Search:
+    def search(self, objective: Objective, batch: Batch, attacked: Attacked | None, progress: Progress) -> Search:
         """What a weight search climbs, under candidate views and batch statistics that are not tracked."""
 
         def ascended(views: Views, sides: Sequence[str], loss: Ascended) -> Tensor:
@@ -144,15 +140,18 @@ class AdversarialStep(nn.Module):
         return ascended
 
     def reduce(self, terms: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-        """Means over the valid rows of all processes, scaled so that DistributedDataParallel's mean of gradients is right."""
+        """Means over the valid rows of all processes, scaled so that a mean of gradients over processes is right."""
         for name, term in terms.items():
             if term.shape != (rows,):
-                raise HoldfastError(f"loss term {name!r} has shape {tuple(term.shape)}: return one value an image, ({rows},)")
+                raise HoldfastError(
+                    f"loss term {name!r} has shape {tuple(term.shape)}: return one value an image, ({rows},)"
+                )
             if self.check_finite and not bool(torch.isfinite(term).all()):
                 raise not_finite(name)
         if distributed.active():
             everyone = distributed.total(torch.tensor(float(rows), device=next(iter(terms.values())).device))
-            means = {name: term.sum() * (distributed.world_size() / everyone) for name, term in terms.items()}
+            share = {name: distributed.world_size() / everyone.to(term.dtype) for name, term in terms.items()}
+            means = {name: term.sum() * share[name] for name, term in terms.items()}
         else:
             means = {name: term.mean() for name, term in terms.items()}
         return {"loss": torch.stack(list(means.values())).sum(), **means}
@@ -177,9 +176,9 @@ class AdversarialStep(nn.Module):
 
 
 def not_finite(term: str) -> NonFiniteLoss:
-    """The error for a term that is NaN or infinite."""
+    """The error for a loss term, or the gradient, that is NaN or infinite."""
     return NonFiniteLoss(
-        f"loss term {term!r} is NaN or infinite: lower the learning rate, set --gradient-clip 1.0, or use"
+        f"{'the gradient' if term == 'gradient' else f'loss term {term!r}'} is NaN or infinite: lower the learning rate, set --gradient-clip 1.0, or use"
         " --precision fp32; the last checkpoint is kept"
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from holdfast.errors import HoldfastError
 from holdfast.keyed_random import Key, normal, uniform
 
-_FRACTION = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*/\s*(\d+(?:\.\d*)?|\.\d+)\s*")
+_FRACTION = re.compile(r"\s*([-+]?\d+(?:\.\d*)?|[-+]?\.\d+)\s*/\s*(\d+(?:\.\d*)?|\.\d+)\s*")
 
 
 def parse_fraction(text: str) -> float | None:
@@ -46,10 +46,12 @@ def parse_epsilon(value: float | str) -> float:
     """
     advice = "write it in pixel scale [0, 1], for example 8/255"
     number = parse_fraction(value) if isinstance(value, str) else None
-    if number is not None:
+    if number is not None and number >= 0:
         return number
     try:
-        number = float(value)
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(value) if number is None else number
     except (TypeError, ValueError):
         raise HoldfastError(f"epsilon {value!r} is not a number: {advice}") from None
     if not 0 <= number < float("inf"):

@@ -86,7 +86,9 @@ def fit(
     """
     started = distributed.start_from_environment()
     try:
-        setup = prepare(recipe, data, model, seed=seed, settings=settings or Settings(), init=init, options=model_options)
+        setup = prepare(
+            recipe, data, model, seed=seed, settings=settings or Settings(), init=init, options=model_options
+        )
         shown = display if display is not None and distributed.rank() == 0 else Display()
         path = Path(out) if out is not None else _default_folder(setup)
         folder = RunFolder.create(path, setup.config, resume=resume, writes=distributed.rank() == 0)
@@ -143,11 +145,13 @@ class Loop:
         self.sums: dict[str, list[Any]] = {}
         self.measured: dict[str, float] = {}
         self.best: dict[str, Any] | None = None
-        self.seconds = 0.0
+        self.seconds = self.epoch_began = 0.0
         self.clock = self.saved_at = time.monotonic()
 
     def _distributed(self) -> Step:
-        unused = any(True for part in ("objective", "networks") for _ in getattr(self.module, part, nn.Module()).parameters())
+        unused = any(
+            True for part in ("objective", "networks") for _ in getattr(self.module, part, nn.Module()).parameters()
+        )
         return nn.parallel.DistributedDataParallel(  # type: ignore[return-value]  # called like the step it wraps
             self.module,
             device_ids=[self.setup.device.index] if self.setup.device.type == "cuda" else None,
@@ -193,6 +197,7 @@ class Loop:
         """The rest of the current epoch, from wherever the last checkpoint left it."""
         if self.position == 0:
             self.sums = {}
+            self.epoch_began = self.seconds
             self.measured = self.measure()
         for batch in self.loader.batches(self.epoch, self.position):
             for replay in range(self.step.replays):
@@ -229,17 +234,29 @@ class Loop:
                 raise not_finite(name)
         return {name: float(term.detach()) for name, term in terms.items()}
 
+    def check_weights(self) -> None:
+        """Refuse to keep weights that a step with a finite loss has made NaN or infinite.
+
+        Raises:
+            NonFiniteLoss: what was saved before is left as it is.
+        """
+        if not bool(torch.stack([weight.isfinite().all() for weight in self.module.parameters()]).all()):
+            raise not_finite("gradient")
+
     def pause(self) -> None:
         """Stop if asked to, and save now and then."""
         due = time.monotonic() - self.saved_at > 60 * self.settings.checkpoint_minutes
         if distributed.active():
             if self.position % 10 and self.position < len(self.loader):
                 return
-            flags = distributed.total(torch.tensor([float(self.interruption.asked), float(due)], device=self.setup.device))
+            flags = distributed.total(
+                torch.tensor([float(self.interruption.asked), float(due)], device=self.setup.device)
+            )
             asked, due = bool(flags[0] > 0), bool(flags[1] > 0)
         else:
             asked = self.interruption.asked
         if (asked or due) and self.position < len(self.loader):
+            self.check_weights()
             self.save()
             if asked:
                 raise Interrupted(self.folder.path)
@@ -249,6 +266,7 @@ class Loop:
     def end_epoch(self) -> None:
         """Equal buffers, averages, validation, best, metrics, checkpoint: in this order."""
         self.look({})
+        self.check_weights()
         distributed.average_buffers(self.model)
         if isinstance(self.step, AdversarialStep):
             distributed.average_buffers(self.step.networks)
@@ -287,8 +305,9 @@ class Loop:
         """The epoch's means, over all processes."""
         means = {name: (total / count).reshape(1) for name, (total, count) in self.sums.items()}
         distributed.average_in_place(list(means.values()))
-        self.seconds += time.monotonic() - self.clock
-        spent, self.clock = time.monotonic() - self.clock, time.monotonic()
+        now = time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        spent = self.seconds - self.epoch_began  # what came before a checkpoint inside the epoch included
         images = self.steps_per_epoch * self.loader.batch_size
         line = {
             "epoch": self.epoch + 1,
@@ -363,7 +382,8 @@ class Loop:
 
         reestimate_statistics(self.evaluated, self.loader.batches(self.epoch), images)
         for name, buffer in self.evaluated.named_buffers():
-            state[name].copy_(buffer)
+            if name in state:  # what a model does not save is not re-estimated
+                state[name].copy_(buffer)
 
     def evaluation(self, images: Any, steps: int, n: int | None) -> Evaluation:
         """Clean accuracy and PGD of the weights that are loaded for evaluation."""
@@ -376,8 +396,14 @@ class Loop:
             n=n,
             batch_size=self.settings.evaluation_batch,
             autocast=self.setup.precision if images is self.setup.validation else "fp32",
-            tick=self.display.advance if images is not self.setup.validation else None,
+            tick=self.tick if images is not self.setup.validation else None,
         )
+
+    def tick(self, count: int) -> None:
+        """So many more images of the closing evaluation are done. Stopped here, a run has only the evaluation to repeat."""
+        self.display.advance(count)
+        if self.interruption.asked and not distributed.active():
+            raise Interrupted(self.folder.path)
 
     def export(self, name: str) -> None:
         """Write the exported weights as a model folder."""

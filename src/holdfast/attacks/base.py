@@ -25,7 +25,10 @@ class Attack(Protocol):
     are measured by the ball and keyed noise and scheduled steps by the progress.
     """
 
-    statistics: Statistics
+    @property
+    def statistics(self) -> Statistics:
+        """How BatchNorm normalises during the search."""
+        ...
 
     def __call__(
         self, view: View, batch: Batch, inner_loss: InnerLoss, *, threat: ThreatModel, progress: Progress

@@ -71,7 +71,9 @@ class PGD:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise HoldfastError(f"{name} is {value!r}: give a whole number of at least {least}")
         if self.early_stop is not None and self.early_stop < 0:
-            raise HoldfastError(f"early_stop is {self.early_stop}: give the number of further steps, 0 or more, or none")
+            raise HoldfastError(
+                f"early_stop is {self.early_stop}: give the number of further steps, 0 or more, or none"
+            )
         if self.statistics not in STATISTICS:
             raise HoldfastError(f"statistics {self.statistics!r} is unknown: use one of {', '.join(STATISTICS)}")
 
@@ -95,31 +97,32 @@ class PGD:
         progress = progress or Progress()
         view = view.running(self.statistics).detached()
         key = progress.key("attack start")
-        best: Attacked | None = None
-        best_rank = torch.empty(0)
-        for restart in range(self.restarts):
-            found, stopped = self._search(view, batch, inner_loss, threat, progress, key.fold(restart))
-            if self.restarts == 1:
-                return found
-            with torch.no_grad():
-                loss = inner_loss(view(found.x_adv).logits)
-            rank = torch.where(stopped, torch.inf, loss)
-            if best is None:
-                best, best_rank = found, rank
-            else:
-                better = rank > best_rank
-                best = Attacked(
-                    torch.where(better.view(-1, 1, 1, 1), found.x_adv, best.x_adv),
-                    torch.where(better, found.steps_survived, best.steps_survived),
-                )
-                best_rank = torch.where(better, rank, best_rank)
-        assert best is not None  # restarts >= 1
+        best = self._search(view, batch, inner_loss, threat, progress, key.fold(0))
+        if self.restarts == 1:
+            return best
+        best_wrong, best_loss = self._rank(view, batch, inner_loss, best)
+        for restart in range(1, self.restarts):
+            found = self._search(view, batch, inner_loss, threat, progress, key.fold(restart))
+            wrong, loss = self._rank(view, batch, inner_loss, found)
+            better = (wrong & ~best_wrong) | ((wrong == best_wrong) & (loss > best_loss))
+            best = Attacked(
+                torch.where(better.view(-1, 1, 1, 1), found.x_adv, best.x_adv),
+                torch.where(better, found.steps_survived, best.steps_survived),
+            )
+            best_wrong, best_loss = torch.where(better, wrong, best_wrong), torch.where(better, loss, best_loss)
         return best
+
+    @torch.no_grad()
+    def _rank(self, view: View, batch: Batch, inner_loss: InnerLoss, found: Attacked) -> tuple[Tensor, Tensor]:
+        """What restarts are compared by: whether the last point is misclassified (early stop only), then its loss."""
+        logits = view(found.x_adv).logits
+        wrong = logits.argmax(1) != batch.y
+        return wrong if self.early_stop is not None else torch.zeros_like(wrong), inner_loss(logits)
 
     def _search(
         self, view: View, batch: Batch, inner_loss: InnerLoss, threat: ThreatModel, progress: Progress, key: Key
-    ) -> tuple[Attacked, Tensor]:
-        """One restart: what was found, and which rows were seen misclassified (all False without early stop)."""
+    ) -> Attacked:
+        """One restart."""
         step_size = threat.epsilon / 4 if self.step_size is None else value_at(self.step_size, progress)  # type: ignore[arg-type]  # no text
         x, y = batch.x.detach(), batch.y
         x_adv = threat.random_point(x, key, batch.rows) if self.random_start else x.clone()
@@ -146,7 +149,7 @@ class PGD:
             stepped = threat.project(x_adv[rows] + step_size * threat.steepest(gradient), x[rows])
             x_adv = x_adv.index_copy(0, rows, torch.where(move, stepped, x_adv[rows]))
             left = torch.where(left > 0, left - 1, left)
-        return Attacked(x_adv.detach(), survived), left >= 0
+        return Attacked(x_adv.detach(), survived)
 
 
 def _loss_of_rows(inner_loss: InnerLoss, rows: Tensor, count: int) -> InnerLoss:

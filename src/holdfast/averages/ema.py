@@ -68,14 +68,11 @@ class EMA(Average):
     def after_step(self, model: nn.Module, progress: Progress) -> None:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warm_up else self.decay
         parameters = {name for name, _ in model.named_parameters()}
-        averaged, current = [], []
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and (name in parameters or self.buffers == "average"):
-                averaged.append(self.shadow[name])
-                current.append(tensor)
+                self.shadow[name].lerp_(tensor, 1 - decay)
             elif name in parameters or self.reestimate is None or not tensor.is_floating_point():
                 self.shadow[name].copy_(tensor)
-        torch._foreach_lerp_(averaged, current, 1 - decay)
         self.steps += 1
 
     def exported(self) -> Mapping[str, Tensor]:

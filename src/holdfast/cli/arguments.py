@@ -35,7 +35,9 @@ class Parser(argparse.ArgumentParser):
         for word in joined(argv):
             name, equals, value = word.partition("=")
             other = name.replace("_", "-")
-            spelt.append(other + equals + value if name.startswith("--") and name not in options and other in options else word)
+            spelt.append(
+                other + equals + value if name.startswith("--") and name not in options and other in options else word
+            )
         return self.parse_known_args(spelt)
 
 

@@ -26,12 +26,17 @@ def run(argv: Sequence[str]) -> int:
     if asked.json:
         print_json(found)
         return 0
-    print(f"holdfast {found['holdfast']}, Python {found['python']}, torch {found['packages']['torch']}, {found['system']}")
-    print(f"device   {found['device']}, {found['threads']} of {found['cores']} cores, bf16 {'native' if found['bf16'] else 'not native'}")
+    print(
+        f"holdfast {found['holdfast']}, Python {found['python']}, torch {found['packages']['torch']}, {found['system']}"
+    )
+    native = "native" if found["bf16"] else "not native"
+    print(f"device   {found['device']}, {found['threads']} of {found['cores']} cores, bf16 {native}")
     for name, there in found["extras"].items():
-        print(f"extra    {name} {there or 'missing: pip install holdfast[' + EXTRAS[name] + ']'}")
+        missing = f"missing: pip install 'holdfast[{EXTRAS[name]}]'"
+        print(f"extra    {name} {there or missing}")
     for precision, speed in found["step"].items():
-        print(f"step     small_cnn, 28x28, batch 128, PGD-10, {precision}: {speed['ms']:.0f} ms, {speed['images_per_second']:.0f} images/s")
+        rate = f"{speed['ms']:.0f} ms, {speed['images_per_second']:.0f} images/s"
+        print(f"step     small_cnn, 28x28, batch 128, PGD-10, {precision}: {rate}")
     return 0
 
 

@@ -71,14 +71,13 @@ def measure(asked: Namespace) -> dict[str, Any]:
     from holdfast.attacks.pgd import PGD
     from holdfast.evaluation.accuracy import evaluate
     from holdfast.progress_display import LiveDisplay
-    from holdfast.runs.export import DESCRIPTION, load_model, model_folder
-    from holdfast.runs.files import read_json
+    from holdfast.runs.export import load_model, model_folder, read_description
     from holdfast.runs.memory import keep_freed_memory
     from holdfast.setup import choose_device
     from holdfast.threat import build_threat
 
     keep_freed_memory()
-    description = read_json(model_folder(Path(asked.run), asked.checkpoint) / DESCRIPTION)
+    description = read_description(model_folder(Path(asked.run), asked.checkpoint))
     network = load_model(asked.run, checkpoint=asked.checkpoint)
     data = load_test_data(asked, description)
     trained = description["threat"]
@@ -114,7 +113,9 @@ def measure(asked: Namespace) -> dict[str, Any]:
         "epsilon": threat.epsilon,
         "steps": 1 if asked.attack.lower() == "fgsm" else asked.steps,
         "restarts": asked.restarts,
-        "step_size": attack.step_size if attack.step_size is not None else threat.epsilon / (4 if asked.attack == "pgd" else 1),
+        "step_size": attack.step_size
+        if attack.step_size is not None
+        else threat.epsilon / (4 if isinstance(attack, PGD) else 1),
         "seed": asked.seed,
         "recipe": description["recipe"],
         "checkpoint": asked.checkpoint,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import re
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -23,12 +24,13 @@ from holdfast.threat import THREATS, parse_fraction
 Config = dict[str, Any]
 
 
-def override(config: Mapping[str, Any], words: Sequence[str]) -> Config:
+def override(config: Mapping[str, Any], words: Sequence[str], plain: Sequence[str] = ()) -> Config:
     """The configuration with settings from the command line.
 
     Args:
         config: As `holdfast.setup.run_config` writes it.
         words: ``--section.key=value``. Values are YAML; a fraction such as ``2/255`` is a number.
+        plain: The options without a section, for the advice on a typo.
 
     Raises:
         HoldfastError: an unknown section or key, with the nearest, or a value of the wrong kind.
@@ -38,7 +40,10 @@ def override(config: Mapping[str, Any], words: Sequence[str]) -> Config:
     model = [word for word in words if word.startswith("--model.")]
     for word in model:
         key, _, value = word[len("--model.") :].partition("=")
-        config["model"][key] = yaml.safe_load(value)
+        try:
+            config["model"][key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise HoldfastError(f"--model.{key} {value!r} is no YAML: give a number, a word or a list") from None
     words = [_with_number(word) for word in words if word and word not in model]
     if not words:
         return config
@@ -47,7 +52,7 @@ def override(config: Mapping[str, Any], words: Sequence[str]) -> Config:
     known = list(parser._option_string_actions)
     for word in words:
         if not word.startswith("--") or word.partition("=")[0] not in known:
-            raise unknown_option(word, known)
+            raise unknown_option(word, [*plain, *known])
     try:
         read = parser.parse_args(words).as_dict()
     except ArgumentError as error:
@@ -87,7 +92,9 @@ def section_parser(config: Mapping[str, Any], prog: str = "holdfast train") -> A
     """A parser of all sections, with the configuration's values as defaults."""
     parser = ArgumentParser(prog=prog, exit_on_error=False)
     parser.add_class_arguments(THREATS[config["threat"]["norm"]], "threat", skip={"epsilon"})
-    defaults: Config = {}
+    defaults: Config = {
+        f"threat.{key}": value for key, value in config["threat"].items() if key not in ("norm", "epsilon")
+    }
     for section, table in (("attack", ATTACKS), ("objective", OBJECTIVES)):
         part = config.get(section)
         if part is not None:
@@ -97,10 +104,15 @@ def section_parser(config: Mapping[str, Any], prog: str = "holdfast train") -> A
     for name, kind in AVERAGES.items():
         parser.add_class_arguments(kind, f"averages.{name}")
     for average in config["averages"]:
+        build_component("average", average, AVERAGES)
         defaults |= {f"averages.{average['name']}.{key}": value for key, value in average.items() if key != "name"}
     for section, kind in (("optimizer", SGD), ("schedule", Schedule), ("training", Settings)):
         parser.add_class_arguments(kind, section)
         defaults |= {f"{section}.{key}": value for key, value in config[section].items()}
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        if get_origin(hint) in (Union, UnionType):  # the name of a function would be imported: values alone are read
+            action._typehint = Union[tuple(kind for kind in get_args(hint) if get_origin(kind) is not Callable)]  # type: ignore[attr-defined]  # noqa: UP007
     try:
         parser.set_defaults(defaults)
     except (ArgumentError, KeyError, TypeError, ValueError) as error:
@@ -111,10 +123,12 @@ def section_parser(config: Mapping[str, Any], prog: str = "holdfast train") -> A
 def _one_line(message: str) -> str:
     """What jsonargparse says, in a line."""
     key = re.search(r'key "([^"]+)"', message)
-    expected = re.search(r"Expected an? (?:<class ')?([\w.\[\], |]+)", message)
-    value = re.search(r"Got value: ([^\n]*)", message)
-    if key and expected and value:
-        return f"--{key.group(1)} {value.group(1).strip()!r} is no {expected.group(1)}: see `holdfast train RECIPE --help`"
+    kinds = re.findall(r"Expected an? (?:<class ')?([^\n]+?)(?:'>|\. Got|$)", message, re.MULTILINE)
+    value = re.search(r"(?:Got|Given) value: ([^\n]*)", message)
+    if key and kinds and value:
+        names = {"collections.abc.Sequence": "list", "collections.abc.Mapping": "schedule", "NoneType": "null"}
+        expected = " or ".join(names.get(kind, kind).removeprefix("typing.") for kind in kinds)
+        return f"--{key.group(1)} {value.group(1).strip()!r} is no {expected}: see `holdfast train RECIPE --help`"
     if key and value:
         return f"--{key.group(1)} cannot be {value.group(1).strip()!r}: see `holdfast train RECIPE --help`"
     return " ".join(message.split())[:300]

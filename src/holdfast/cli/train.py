@@ -28,7 +28,9 @@ def parser() -> Parser:
     known = Parser(prog="holdfast train", description="Train a classifier that holds under attack.", epilog=_EXAMPLES)
     known.add_argument("recipe", nargs="?", metavar="RECIPE", help=f"one of {', '.join(RECIPES)}")
     known.add_argument("--data", metavar="SOURCE", help="digits, or the path of your images (`holdfast list data`)")
-    known.add_argument("--model", metavar="NAME", help="a name of `holdfast list models`, or file.py:function (small_cnn)")
+    known.add_argument(
+        "--model", metavar="NAME", help="a name of `holdfast list models`, or file.py:function (small_cnn)"
+    )
     known.add_argument("--threat.epsilon", dest="epsilon", metavar="E", help="radius in pixel scale, for example 8/255")
     known.add_argument("--threat.norm", dest="norm", metavar="NORM", help="Linf, L2 or L1 (Linf)")
     known.add_argument("--epochs", type=positive, metavar="N", help="length of the run; schedules stretch with it")
@@ -65,11 +67,17 @@ def run(argv: Sequence[str]) -> int:
         raise HoldfastError("--resume needs the run folder: add --out DIR")
     config, data = configure(asked, rest, folder)
 
-    from holdfast.configuration import build_recipe
+    from dataclasses import fields
+
+    from holdfast.configuration import build_recipe, unknown_name
     from holdfast.progress_display import Display, LiveDisplay
     from holdfast.runs.memory import keep_freed_memory
     from holdfast.setup import Settings
     from holdfast.train import fit
+
+    for name in config["training"]:
+        if name not in (known := [field.name for field in fields(Settings)]):
+            raise unknown_name("setting of training", name, known)
 
     keep_freed_memory()
     model = dict(config["model"])
@@ -114,7 +122,9 @@ def configure(asked: Namespace, rest: Sequence[str], folder: Path | None) -> tup
     if resuming and folder is not None:
         config = read_config(folder / CONFIG)
         if asked.recipe and asked.recipe.lower().replace("-", "_") != config.get("recipe"):
-            raise HoldfastError(f"{folder} holds a run of {config.get('recipe')}, not {asked.recipe}: leave the recipe out")
+            raise HoldfastError(
+                f"{folder} holds a run of {config.get('recipe')}, not {asked.recipe}: leave the recipe out"
+            )
         data = None
     elif asked.config:
         config, data = read_config(Path(asked.config)), None
@@ -143,12 +153,17 @@ def from_recipe(asked: Namespace) -> tuple[dict[str, Any], Any]:
         raise HoldfastError("--data is missing: give digits, or the path of your images (`holdfast list data`)")
     data = load(asked.data, image_size=asked.image_size)
     epsilon: Any = asked.epsilon
-    norm = asked.norm or "Linf"
+    norm = build_threat(asked.norm or "Linf", 0.0).norm
     if epsilon is None:
-        if data.suggested_epsilon is None or norm.lower() != "linf":
-            raise HoldfastError(f"no epsilon is customary for {data.name} under {norm}: give one, --threat.epsilon 8/255")
+        if data.suggested_epsilon is None or norm != "Linf":
+            raise HoldfastError(
+                f"no epsilon is customary for {data.name} under {norm}: give one, --threat.epsilon 8/255"
+            )
         epsilon = data.suggested_epsilon
-        print(f"epsilon {readable(epsilon)}, as is customary for {data.name} (--threat.epsilon changes it)", file=sys.stderr)
+        print(
+            f"epsilon {readable(epsilon)}, as is customary for {data.name} (--threat.epsilon changes it)",
+            file=sys.stderr,
+        )
     model = asked.model or "small_cnn"
     built = recipe(epsilon=build_threat(norm, epsilon), model=model, paper_settings=asked.paper_settings)
     settings = Settings(image_size=asked.image_size)
@@ -167,6 +182,7 @@ def apply(config: dict[str, Any], asked: Namespace, rest: Sequence[str]) -> dict
     """The configuration with the plain options and the --section.key ones."""
     from holdfast.cli.overrides import override
     from holdfast.configuration import check_keys
+    from holdfast.threat import build_threat
 
     check_keys(config)
     config = {key: value for key, value in config.items() if key != "resolved"}
@@ -175,20 +191,21 @@ def apply(config: dict[str, Any], asked: Namespace, rest: Sequence[str]) -> dict
     for name in ("data", "seed", "init", "epochs", "batch_size", "warmup", "label_smoothing", "gradient_clip"):
         if getattr(asked, name) is not None:
             config[name] = getattr(asked, name)
-    for name in ("epsilon", "norm"):
-        if getattr(asked, name) is not None:
-            config["threat"] = {**config["threat"], name: getattr(asked, name)}
+    norm = None if asked.norm is None else build_threat(asked.norm, 0.0).norm  # upper and lower case are one
+    for name, value in (("epsilon", asked.epsilon), ("norm", norm)):
+        if value is not None:
+            config["threat"] = {**config["threat"], name: value}
     for name in ("precision", "image_size", "validate_every"):
         if getattr(asked, name) is not None:
             config["training"] = {**config["training"], name: getattr(asked, name)}
-    return override(config, rest)
+    return override(config, rest, list(parser()._option_string_actions))
 
 
 def explain(options: Parser, argv: Sequence[str]) -> int:
     """`--help`: the plain options; with a recipe, all its settings too."""
     print(options.format_help())
-    names = [word for word in argv if not word.startswith("-")]
-    if not names:
+    asked, _ = options.read_known([word for word in argv if word not in ("-h", "--help")])
+    if not asked.recipe:
         return 0
     from dataclasses import asdict
 
@@ -197,7 +214,7 @@ def explain(options: Parser, argv: Sequence[str]) -> int:
     from holdfast.recipes import recipe_by_name
     from holdfast.setup import Settings
 
-    recipe = recipe_by_name(names[0])
+    recipe = recipe_by_name(asked.recipe)
     built = recipe(epsilon="8/255")
     print((recipe.__doc__ or "").strip(), "\n\nits settings, for epsilon 8/255:\n")
     config = {**recipe_config(built), "training": asdict(Settings())}

@@ -42,5 +42,5 @@ def read() -> Dataset:
         classes=tuple(str(digit) for digit in range(10)),
         suggested_epsilon=0.2,
         flip=False,
-        crop=True,
+        crop=False,
     )

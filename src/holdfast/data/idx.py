@@ -59,7 +59,7 @@ def read(path: Path) -> Dataset:
         classes=classes,
         suggested_epsilon=0.1,
         flip=is_fashion,
-        crop=True,
+        crop=False,
     )
 
 

@@ -63,7 +63,7 @@ class Dataset:
         suggested_epsilon: L∞ radius customary for this data, or None where there is no custom: 0.2 for the digits,
             0.1 for IDX files (Fashion-MNIST; for MNIST itself 0.3 is customary), 8/255 for CIFAR and SVHN.
         flip: A horizontal flip leaves the class as it is.
-        crop: Random crops with padding are customary.
+        crop: Random crops with padding are customary; small centred figures (digits, IDX files) lose by them.
         notes: What the reader decided and the user should be told, one sentence each.
         source: What `load` was asked for, so that a run can load it again.
     Units:

@@ -159,7 +159,9 @@ def evaluate(
         if tick is not None:
             tick(len(rows))
     clean_count, robust_count = distributed.total(counts).tolist()
-    return Evaluation(len(index), clean_count, None if attack is None else robust_count, describe_attack(attack, threat))
+    return Evaluation(
+        len(index), clean_count, None if attack is None else robust_count, describe_attack(attack, threat)
+    )
 
 
 def in_words(found: Mapping[str, Any]) -> str:

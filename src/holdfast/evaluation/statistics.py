@@ -9,7 +9,8 @@ from statistics import NormalDist
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     r"""Wilson's score interval for a proportion.
 
-    .. math:: \frac{\hat p + \frac{z^2}{2n} \pm z\sqrt{\frac{\hat p(1-\hat p)}{n} + \frac{z^2}{4n^2}}}{1 + \frac{z^2}{n}}
+    .. math::
+        \frac{\hat p + \frac{z^2}{2n} \pm z\sqrt{\frac{\hat p(1-\hat p)}{n} + \frac{z^2}{4n^2}}}{1 + \frac{z^2}{n}}
 
     Args:
         successes: Count, 0 … n.

@@ -86,6 +86,23 @@ def build(
     return builder(**_arguments(builder, key, given, extra))
 
 
+def accepted(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that a network takes. A function of the user's own may do without what is only offered.
+
+    Args:
+        name: As `build` takes it.
+        options: Such as mean and std.
+    Raises:
+        HoldfastError: the file or its function is unknown.
+    """
+    if ":" not in name and not name.endswith(".py"):
+        return dict(options)
+    with own_function(name) as function:
+        parameters = inspect.signature(function).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {key: value for key, value in options.items() if open_ended or key in parameters}
+
+
 def _two_sides(image_size: Sequence[int]) -> tuple[int, int]:
     sides = tuple(image_size)
     if len(sides) != 2:

@@ -50,7 +50,7 @@ class Objective(nn.Module):
     zero_at_equality: tuple[str, ...] = ()
 
     def sides(self, progress: Progress) -> tuple[str, ...]:
-        """The outer forwards this step needs, in their order. Read outside compiled code: nobody pays for an unread one."""
+        """The outer forwards this step needs, in their order. Nobody pays for one that is not named."""
         return ("adv",)
 
     def inner_loss(self, view: View, batch: Batch, progress: Progress) -> InnerLoss:
@@ -58,7 +58,7 @@ class Objective(nn.Module):
         return lambda logits: cross_entropy(logits, batch.y)
 
     def side_input(self, side: str, batch: Batch, attacked: Attacked | None) -> Tensor:
-        """The images that a side runs on: those attacked for sides named ``adv…``, the second view for ``…2``, else x."""
+        """The images a side runs on: those attacked for names ``adv…``, the second view for ``…2``, else x."""
         if side.startswith("adv"):
             assert attacked is not None  # the step attacks whenever such a side is asked for
             return attacked.x_adv

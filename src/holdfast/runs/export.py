@@ -21,7 +21,7 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 
 
 def model_description(spec: Mapping[str, Any] | None, model: nn.Module) -> dict[str, Any]:
-    """What `rebuild` needs: the arguments of `holdfast.models.factory.build`, or the class of a module of the user's."""
+    """What `rebuild` needs: the arguments of `holdfast.models.factory.build`, or a module's own class."""
     if spec is not None:
         return dict(spec)
     kind = type(model)
@@ -42,7 +42,7 @@ def save_model(folder: Path, state: Mapping[str, Tensor], description: Mapping[s
     description = json.loads(json.dumps(description))
     name = description["model"].get("name")
     if name and ":" in name:
-        source = Path(name.rpartition(":")[0])
+        source = Path(name.rpartition(":")[0]).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         if source.is_file() and source.resolve() != (folder / source.name).resolve():
             shutil.copyfile(source, folder / source.name)
@@ -88,8 +88,23 @@ def model_folder(path: Path, checkpoint: str = "best") -> Path:
         return path
     folder = path / ("model" if checkpoint == "best" else "last")
     if not (folder / DESCRIPTION).is_file():
-        raise HoldfastError(f"{path} holds no trained model ({folder.name}/{DESCRIPTION} is missing): give a run folder")
+        raise HoldfastError(
+            f"{path} holds no trained model ({folder.name}/{DESCRIPTION} is missing): give a run folder"
+        )
     return folder
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What config.json of a model folder says.
+
+    Raises:
+        HoldfastError: missing, damaged, or without what every model folder says.
+    """
+    description = read_json(folder / DESCRIPTION)
+    for key in ("model", "input", "threat"):
+        if not isinstance(description.get(key), dict):
+            raise HoldfastError(f"{folder / DESCRIPTION} is damaged: it lacks {key!r}; restore it or train anew")
+    return description
 
 
 def load_model(path: str | Path, *, checkpoint: str = "best", model: nn.Module | None = None) -> nn.Module:
@@ -104,7 +119,7 @@ def load_model(path: str | Path, *, checkpoint: str = "best", model: nn.Module |
         HoldfastError: the folder holds no model, it is damaged, or it does not fit.
     """
     folder = model_folder(Path(path), checkpoint)
-    spec = dict(read_json(folder / DESCRIPTION)["model"])
+    spec = dict(read_description(folder)["model"])
     if model is None:
         if spec.get("name") is None:
             raise HoldfastError(
@@ -125,5 +140,3 @@ def rebuild(spec: Mapping[str, Any], folder: Path | None = None) -> nn.Module:
             name = f"{folder / Path(file).name}:{function}"
     with torch.random.fork_rng(devices=[]):
         return build(name, **options)
-
-

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from holdfast import distributed
 from holdfast.errors import HoldfastError
 from holdfast.runs.checkpoint import FOLDER, latest_checkpoint
 from holdfast.runs.files import full_disk_told, read_json, write_json, write_text
@@ -46,7 +47,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any], *, resume: bool, writes: bool = True) -> RunFolder:
-        """Make the folder, or take up one that holds the same run.
+        """Make the folder, or take up one that holds the same run. All processes look before the one that writes does.
 
         Args:
             path: Where.
@@ -62,16 +63,19 @@ class RunFolder:
             raise HoldfastError(f"{path} is a file: choose another --out")
         if (path / CONFIG).exists():
             if not resume:
-                raise HoldfastError(f"{path} already holds a run: add --resume to go on with it, or choose another --out")
+                raise HoldfastError(
+                    f"{path} already holds a run: add --resume to go on with it, or choose another --out"
+                )
             different = difference(read_config(path / CONFIG), json.loads(json.dumps(config)))
             if different:
                 raise HoldfastError(
                     f"{path} holds another run, its {different}: --resume repeats the run's own configuration;"
                     " choose another --out, or start from its weights with --init"
                 )
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(file.suffix != ".part" for file in path.iterdir()):
             raise HoldfastError(f"{path} is not empty and holds no run: choose another --out")
-        elif writes:
+        distributed.barrier()
+        if writes and not (path / CONFIG).exists():
             with full_disk_told(path):
                 path.mkdir(parents=True, exist_ok=True)
             write_text(path / CONFIG, yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))

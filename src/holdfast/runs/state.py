@@ -47,6 +47,7 @@ def epoch_state(loop: Loop) -> dict[str, Any]:
         "measured": dict(loop.measured),
         "best": loop.best,
         "seconds": loop.seconds,
+        "epoch_began": loop.epoch_began,
         "seed": loop.setup.seed,
         "step": loop.module.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in loop.optimizers],
@@ -89,3 +90,4 @@ def restore(loop: Loop, state: dict[str, Any]) -> None:
     loop.sums = {name: list(pair) for name, pair in local["sums"].items()}
     loop.epoch, loop.position, loop.lines = state["epoch"], state["position"], state["lines"]
     loop.measured, loop.best, loop.seconds = dict(state["measured"]), state["best"], state["seconds"]
+    loop.epoch_began = state["epoch_began"]

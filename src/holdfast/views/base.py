@@ -1,4 +1,4 @@
-"""What a view transform is: the inner maximisation over weights, or a choice of BatchNorm branch, as a change of views."""
+"""What a view transform is: an inner maximisation over weights, or another BatchNorm branch, as a change of views."""
 
 from __future__ import annotations
 

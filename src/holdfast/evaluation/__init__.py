@@ -1,0 +1,1 @@
+"""Evaluation: accuracies that can be defended."""

@@ -1,0 +1,1 @@
+"""View transforms: inner maximisation over weights, and BatchNorm branches."""

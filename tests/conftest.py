@@ -1,0 +1,47 @@
+"""What all tests share: one thread a process, small networks, small batches."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two test processes share two cores
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.forward import Batch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def small_network(*, norm: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """Two convolutions with BatchNorm between them, for 8x8 grey images and five classes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6) if norm else nn.Identity(), nn.ReLU()]
+        layers += [nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 16, 5)).to(dtype)
+
+
+def small_batch(*, rows: int = 12, dtype: torch.dtype = torch.float32, seed: int = 1) -> Batch:
+    """Random images of five classes, with positions far apart in the data set."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(rows, 1, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+    y = torch.randint(0, 5, (rows,), generator=generator)
+    return Batch(x, y, None, torch.arange(rows) * 17 + 3)
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    """A small network with BatchNorm."""
+    return small_network()
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """A small batch for it."""
+    return small_batch()

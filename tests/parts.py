@@ -1,0 +1,85 @@
+"""Every attack, objective, average and recipe there is, for the tests that all of them must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast import distributed
+from holdfast.attacks.fgsm import FGSM
+from holdfast.attacks.pgd import PGD
+from holdfast.components import ATTACKS, AVERAGES, OBJECTIVES
+from holdfast.forward import View, Views
+from holdfast.objectives.base import Objective
+from holdfast.recipe import SGD, Recipe
+from holdfast.schedule import Progress
+from holdfast.threat import Linf
+from holdfast.views.base import Search
+
+MAKE_OBJECTIVE: dict[str, Callable[[], Objective]] = {name: kind for name, kind in OBJECTIVES.items()}
+MAKE_ATTACK: dict[str, Callable[[], Any]] = {
+    **ATTACKS,
+    "pgd, batch": lambda: PGD(steps=3, statistics="batch"),
+    "pgd, restarts": lambda: PGD(steps=3, restarts=2),
+    "pgd, early stop": lambda: PGD(steps=4, early_stop=1),
+    "fgsm, random start": lambda: FGSM(random_start=True),
+}
+MAKE_AVERAGE: dict[str, Callable[[], Any]] = {**AVERAGES}
+
+
+class OneWeightStep:
+    """A weight perturbation in its simplest form, to test what a view transform may rely on.
+
+    One ascent of the adversarial cross-entropy on the adversarial side, scaled tensor by tensor.
+    """
+
+    def __init__(self, gamma: float = 0.05) -> None:
+        self.gamma = gamma
+        self.prepared: list[nn.Module] = []
+
+    def prepare(self, model: nn.Module) -> None:
+        self.prepared.append(model)
+
+    def passes(self, progress: Progress) -> float:
+        return 3.0
+
+    def __call__(self, views: Views, search: Search, progress: Progress) -> Views:
+        view: View = views["adv"] if "adv" in views else views["clean"]
+        side = "adv" if "adv" in views else "clean"
+        names = [name for name, parameter in view.model.named_parameters() if parameter.dim() > 1]
+        weights: dict[str, Tensor] = {
+            n: p.detach().requires_grad_(n in names) for n, p in view.model.named_parameters()
+        }
+        loss = "adversarial_ce" if side == "adv" else "objective"
+        value = search({**views, side: replace(view, state=weights)}, (side,), loss)
+        gradients = list(torch.autograd.grad(value, [weights[n] for n in names]))
+        distributed.average_in_place(gradients)
+        state = dict(view.model.named_parameters())
+        for name, gradient in zip(names, gradients, strict=True):
+            own = state[name]
+            state[name] = own + (self.gamma * own.norm() / gradient.norm().clamp_min(1e-12) * gradient).detach()
+        return {**views, side: replace(view, state=state)}
+
+
+MAKE_VIEWS: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "no view": lambda: (),
+    "worst weights": lambda: (OneWeightStep(),),
+}
+
+
+def small_recipe(objective: Objective | None = None, **changes: Any) -> Recipe:
+    """A recipe with a cheap attack."""
+    settings: dict[str, Any] = {
+        "name": "test",
+        "threat": Linf(0.1),
+        "attack": PGD(steps=2, step_size=0.05),
+        "objective": objective or OBJECTIVES["normalized_mse"](),
+        "optimizer": SGD(learning_rate=0.05),
+        "epochs": 2,
+        "batch_size": 12,
+    }
+    return Recipe(**{**settings, **changes})

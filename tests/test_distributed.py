@@ -1,0 +1,273 @@
+"""Two processes train like one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny_runs import (
+    FP32,
+    FP64,
+    NET,
+    assert_same,
+    assert_same_run,
+    metrics,
+    tiny_net,
+    tiny_recipe,
+    toy,
+    weights,
+    write_toy,
+)
+from torch import Tensor
+
+from holdfast import EMA, Interpolation, NormalizedMSE, distributed, fit
+from holdfast.errors import HoldfastError
+from holdfast.forward import Forward
+from holdfast.interruption import Interrupted
+from holdfast.schedule import Progress
+from holdfast.train import Loop
+
+WORLD = 2
+
+
+class WithMemory(NormalizedMSE):
+    """NMSE that keeps a running mean of what its process saw; the loss reads it."""
+
+    def __init__(self) -> None:
+        super().__init__(strength=2.0)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, f: Forward) -> dict[str, Tensor]:
+        adv = f.outputs["adv"].logits
+        with torch.no_grad():
+            self.mean.lerp_(adv.detach().mean(0), 0.1)
+        return {**super().forward(f), "memory": 0.1 * (adv - self.mean).pow(2).sum(1)}
+
+
+class Watched:
+    """Every step's loss terms of this process, and what is there at the end of every epoch."""
+
+    def __init__(self) -> None:
+        self.terms: list[dict[str, float]] = []
+        self.ends: list[dict[str, Any]] = []
+        self.look, self.end_epoch = Loop.look, Loop.end_epoch
+
+    def __enter__(self) -> Watched:
+        watched = self
+
+        def look(loop: Loop, terms: Any) -> dict[str, float]:
+            told = watched.look(loop, terms)
+            if terms:
+                watched.terms.append(told)
+            return told
+
+        def end_epoch(loop: Loop) -> None:
+            watched.end_epoch(loop)
+            watched.ends.append(
+                {
+                    "step": {name: tensor.clone() for name, tensor in loop.module.state_dict().items()},
+                    "exported": {name: tensor.clone() for name, tensor in loop.exported().items()},
+                    "evaluated": {name: tensor.clone() for name, tensor in loop.evaluated.state_dict().items()},
+                    "best": loop.best,
+                }
+            )
+
+        Loop.look, Loop.end_epoch = look, end_epoch  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        Loop.look, Loop.end_epoch = self.look, self.end_epoch  # type: ignore[method-assign]
+
+
+def exact(case: str) -> dict[str, Any]:
+    """Arguments of `fit` for the runs that must equal one process."""
+    averages = (Interpolation(), EMA(decay=0.9)) if case == "piat" else ()
+    recipe = tiny_recipe(averages=averages, epochs=6, warmup=0.1, gradient_clip=1.0)
+    settings = replace(FP64, drop_last=case != "uneven")
+    # 73 images: 7 are held out and 66 are left, so that a batch of 13 leaves one over, for rank 0 alone
+    return {
+        "recipe": replace(recipe, batch_size=13 if case == "uneven" else 16),
+        "data": toy(count=73 if case == "uneven" else 72),
+        "model": tiny_net(norm=False),
+        "settings": settings,
+    }
+
+
+def coupled() -> dict[str, Any]:
+    """BatchNorm on each process's own half, dropout, every average: equal on both, but not to one process."""
+    averages = (Interpolation(), EMA(decay=0.9, buffers="clean"))
+    recipe = tiny_recipe(objective=WithMemory(), averages=averages, epochs=3, batch_size=4, label_smoothing=0.1)
+    return {"recipe": recipe, "data": toy(), "model": tiny_net(dropout=0.2), "settings": FP32}
+
+
+CASES = ("pgd_at", "piat", "uneven")
+
+
+def process(rank: int, folder: Path) -> None:
+    """What each of the two processes does."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD)
+    assert distributed.active()
+    for case in CASES:
+        with Watched() as watched:
+            fit(**exact(case), out=folder / "two" / case)
+        torch.save({"terms": watched.terms, "ends": watched.ends}, folder / f"{case}-{rank}.pt")
+    with Watched() as watched:
+        fit(**coupled(), out=folder / "two" / "coupled")
+    torch.save({"terms": watched.terms, "ends": watched.ends}, folder / f"coupled-{rank}.pt")
+
+    one_step = Loop.one_step
+
+    def asked_on_one(loop: Loop, batch: Any, progress: Progress) -> None:
+        one_step(loop, batch, progress)
+        if progress.step == 18 and rank == 1:
+            loop.interruption.asked = True
+
+    Loop.one_step = asked_on_one  # type: ignore[method-assign]
+    try:
+        fit(**coupled(), out=folder / "two" / "stopped")
+    except Interrupted:
+        names = sorted(path.name for path in (folder / "two" / "stopped" / "checkpoints").iterdir())
+        (folder / f"stopped-{rank}.txt").write_text(names[-1])
+    Loop.one_step = one_step  # type: ignore[method-assign]
+    fit(**coupled(), out=folder / "two" / "stopped", resume=True)
+
+    try:
+        fit(**coupled(), out=folder / "two" / "coupled")
+    except HoldfastError as error:
+        (folder / f"refused-{rank}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs of two processes, made in one go, and those of one process."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(process, args=(folder,), nprocs=WORLD)
+    for case in CASES:
+        with Watched() as watched:
+            fit(**exact(case), out=folder / "one" / case)
+        torch.save({"terms": watched.terms, "ends": watched.ends}, folder / f"{case}-one.pt")
+    return folder
+
+
+def kept(folder: Path, case: str, who: int | str) -> dict[str, Any]:
+    return torch.load(folder / f"{case}-{who}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_equal_those_of_one_process(case: str, folder: Path) -> None:
+    """At the same global batch, step by step, to 1e-10; an uneven or even empty share of the last batch included."""
+    one = kept(folder, case, "one")["terms"]
+    parts = [kept(folder, case, rank)["terms"] for rank in range(WORLD)]
+    assert len(one) == len(parts[0]) == len(parts[1]) >= 20
+    for step, alone in enumerate(one):
+        for name, value in alone.items():
+            together = sum(part[step][name] for part in parts) / WORLD
+            assert together == pytest.approx(value, abs=1e-10, rel=0), (step, name)
+    assert len({terms["loss"] for terms in one}) == len(one)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_metrics_and_accuracies_equal_those_of_one_process(case: str, folder: Path) -> None:
+    """metrics.jsonl, the best epoch, the weights, and both accuracies of the closing evaluation."""
+    one, two = folder / "one" / case, folder / "two" / case
+    for alone, together in zip(metrics(one), metrics(two), strict=True):
+        assert together.pop("terms") == pytest.approx(alone.pop("terms"), abs=1e-10, rel=0)
+        assert together == alone
+    for name in ("model", "last"):
+        for alone, together in zip(weights(one, name).values(), weights(two, name).values(), strict=True):
+            torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
+    told = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
+    for key in ("clean_accuracy", "robust_accuracy", "interval", "n", "best", "last"):
+        assert told[0][key] == told[1][key]
+
+
+def test_the_uneven_case_is_what_it_says(folder: Path) -> None:
+    """The last batch of every epoch is one image, so that rank 1 has none of it."""
+    assert metrics(folder / "two" / "uneven")[0]["step"] == 6
+    resolved = (folder / "two" / "uneven" / "config.yaml").read_text()
+    assert "steps_per_epoch: 6" in resolved
+
+
+@pytest.mark.parametrize("case", [*CASES, "coupled"])
+def test_both_processes_hold_the_same(case: str, folder: Path) -> None:
+    """Parameters bit for bit, and buffers, averages, the evaluated network and the best so far, at every epoch's end."""
+    first, second = (kept(folder, case, rank)["ends"] for rank in range(WORLD))
+    assert_same(first, second)
+
+
+def test_the_coupled_processes_did_different_things(folder: Path) -> None:
+    """Else that they end alike would prove nothing: each saw its own half, and buffers moved."""
+    first, second = (kept(folder, "coupled", rank) for rank in range(WORLD))
+    assert all(one["loss"] != other["loss"] for one, other in zip(first["terms"], second["terms"], strict=True))
+    assert set(first["terms"][0]) == {"loss", "adv_ce", "nmse", "memory"}
+    end = first["ends"][-1]["step"]
+    assert float(end["objective.mean"].abs().sum()) > 0
+    assert not torch.equal(end["model.1.running_mean"], torch.zeros(6))
+
+
+def test_epoch_means_are_over_both_processes(folder: Path) -> None:
+    """The line in metrics.jsonl is the mean of what both saw, not rank 0's."""
+    parts = [kept(folder, "coupled", rank)["terms"] for rank in range(WORLD)]
+    lines = metrics(folder / "two" / "coupled")
+    steps = lines[0]["step"]
+    for number, line in enumerate(lines):
+        seen = [terms["loss"] for part in parts for terms in part[number * steps : (number + 1) * steps]]
+        assert line["terms"]["loss"] == pytest.approx(sum(seen) / len(seen), rel=1e-6)
+
+
+def test_stopped_on_one_process_and_resumed_on_both(folder: Path) -> None:
+    """Both stop at the same step, inside an epoch, and go on bit for bit, each with its own buffers."""
+    names = {(folder / f"stopped-{rank}.txt").read_text() for rank in range(WORLD)}
+    assert names == {"step-0000000026.pt"}  # 16 steps an epoch; the processes confer at every tenth of an epoch
+    assert_same_run(folder / "two" / "stopped", folder / "two" / "coupled")
+
+
+def test_a_folder_in_use_is_refused_on_both(folder: Path) -> None:
+    """Not on one alone, which would leave the other waiting; a fresh folder is refused on neither."""
+    for rank in range(WORLD):
+        assert "already holds a run" in (folder / f"refused-{rank}.txt").read_text()
+
+
+def test_torchrun_runs_the_command_unchanged(tmp_path: Path) -> None:
+    """`torchrun … holdfast train`: one run folder, one JSON object, the accuracies of one process."""
+    data, net = write_toy(tmp_path / "toy.npz"), tmp_path / "net.py"
+    net.write_text(NET.replace("nn.BatchNorm2d(width)", "nn.Identity()").replace("nn.Dropout(0.2)", "nn.Identity()"))
+    words = ["train", "piat", "--data", data, "--threat.epsilon", "0.1", "--model", f"{net}:make", "--epochs", "3"]
+    words += ["--batch-size", "16", "--precision", "fp64", "--attack.steps", "2", "--training.test_steps", "2", "--json"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    ended = subprocess.run(
+        [*run, "-m", "holdfast.cli.main", *map(str, words), "--out", str(tmp_path / "two")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert told["out"] == str(tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
+    assert ended.stderr.count("epoch 3/3") == 1
+    from tiny_runs import command
+
+    assert command(*words, "--training.device", "cpu", "--out", tmp_path / "one") == 0
+    for alone, together in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert together["terms"] == pytest.approx(alone["terms"], abs=1e-10, rel=0)
+        assert together["validation"] == alone["validation"]
+    for alone, together in zip(weights(tmp_path / "one").values(), weights(tmp_path / "two").values(), strict=True):
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)

@@ -1,0 +1,152 @@
+"""One table that every objective must pass, alone and under a weight perturbation, in two precisions."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import small_batch, small_network
+from parts import MAKE_OBJECTIVE, MAKE_VIEWS, small_recipe
+
+from holdfast.attacks.pgd import PGD
+from holdfast.components import OBJECTIVES
+from holdfast.configuration import build_recipe, recipe_config
+from holdfast.forward import Attacked, Batch, Forward, View
+from holdfast.schedule import Progress
+from holdfast.step import AdversarialStep
+
+PROGRESS = Progress(epoch=1, step=3, steps_per_epoch=2, epochs=4, seed=7)
+EVERY = pytest.mark.parametrize("name", MAKE_OBJECTIVE)
+
+
+def test_the_table_is_complete() -> None:
+    assert set(MAKE_OBJECTIVE) == set(OBJECTIVES)
+
+
+def outputs_of(objective, network, batch: Batch, x_adv: torch.Tensor) -> Forward:
+    found = Attacked(x_adv, torch.zeros_like(batch.y))
+    view = View(network)
+    sides = objective.sides(PROGRESS)
+    return Forward(batch, {s: view(objective.side_input(s, batch, found)) for s in sides}, found, PROGRESS)
+
+
+@EVERY
+@pytest.mark.parametrize("views", MAKE_VIEWS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_leaves_parameters_alone_and_trains_every_part(name: str, views: str, precision: str) -> None:
+    network, batch = small_network(), small_batch()
+    before = copy.deepcopy(network.state_dict())
+    objective = MAKE_OBJECTIVE[name]()
+    step = AdversarialStep(small_recipe(objective, views=MAKE_VIEWS[views]()), network, precision=precision)
+    terms = step(batch, PROGRESS)
+    assert terms["loss"].dtype == torch.float32
+    assert all(torch.isfinite(term) for term in terms.values())
+    terms["loss"].backward()
+    for key, parameter in network.named_parameters():
+        assert torch.equal(parameter, before[key])
+    for key, parameter in step.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().sum() > 0, key
+
+
+@EVERY
+def test_terms_are_per_row_and_follow_a_permutation(name: str) -> None:
+    network, batch = small_network(dtype=torch.float64), small_batch(dtype=torch.float64)
+    objective = MAKE_OBJECTIVE[name]()
+    order = torch.randperm(len(batch.y), generator=torch.Generator().manual_seed(0))
+    shuffled = Batch(batch.x[order], batch.y[order], None, batch.rows[order])
+
+    def terms(of: Batch) -> dict[str, torch.Tensor]:
+        step = AdversarialStep(small_recipe(objective), network, precision="fp64")
+        found = step.find(of, objective, PROGRESS)
+        return objective(outputs_of(objective, network, of, found.x_adv))
+
+    plain, permuted = terms(batch), terms(shuffled)
+    assert plain.keys() == permuted.keys()
+    for key, term in plain.items():
+        assert term.shape == (len(batch.y),)
+        assert torch.isfinite(term).all()
+        torch.testing.assert_close(permuted[key], term[order], rtol=0, atol=1e-11)
+
+
+@EVERY
+def test_declared_terms_vanish_at_equality(name: str) -> None:
+    network, batch = small_network(dtype=torch.float64), small_batch(dtype=torch.float64)
+    objective = MAKE_OBJECTIVE[name]()
+    terms = objective(outputs_of(objective, network, batch, batch.x))
+    for key in objective.zero_at_equality:
+        assert terms[key].abs().max() < 1e-12
+    moved = objective(outputs_of(objective, network, batch, (batch.x + 0.2).clamp(0, 1)))
+    for key in objective.zero_at_equality:
+        assert moved[key].abs().max() > 1e-6, "the term is always zero"
+
+
+@EVERY
+def test_soft_labels_that_are_hard_change_nothing(name: str) -> None:
+    network, batch = small_network(dtype=torch.float64), small_batch(dtype=torch.float64)
+    objective = MAKE_OBJECTIVE[name]()
+    soft = batch._replace(target=torch.nn.functional.one_hot(batch.y, 5).double())
+    x_adv = (batch.x + 0.1).clamp(0, 1)
+    hard_terms = objective(outputs_of(objective, network, batch, x_adv))
+    for key, term in objective(outputs_of(objective, network, soft, x_adv)).items():
+        torch.testing.assert_close(term, hard_terms[key])
+
+
+@EVERY
+def test_state_round_trip_resumes_bit_identically(name: str) -> None:
+    """Five steps in one go equal two steps, a saved state, and three steps from it."""
+
+    def trained(stops: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        saved = None
+        for begin, end in zip((0, *stops), (*stops, 5), strict=True):
+            network = small_network()
+            step = AdversarialStep(small_recipe(MAKE_OBJECTIVE[name]()), network)
+            (optimizer,) = step.optimizers()
+            if saved is not None:
+                step.load_state_dict(saved[0])
+                optimizer.load_state_dict(saved[1])
+            for number in range(begin, end):
+                step(small_batch(seed=number), Progress(step=number, epochs=5))["loss"].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            saved = copy.deepcopy((step.state_dict(), optimizer.state_dict()))
+        assert saved is not None
+        return saved[0]
+
+    whole, parts = trained(()), trained((2,))
+    assert whole.keys() == parts.keys()
+    for key, tensor in whole.items():
+        assert torch.equal(tensor, parts[key]), key
+
+
+@EVERY
+def test_configuration_round_trip(name: str) -> None:
+    recipe = small_recipe(MAKE_OBJECTIVE[name]())
+    config = recipe_config(recipe)
+    assert recipe_config(build_recipe(config)) == config
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+@EVERY
+def test_compiled_equals_eager(name: str, backend: str) -> None:
+    batch = small_batch()
+    attack = PGD(steps=2, step_size=0.05)
+
+    def losses(compiled: bool) -> list[float]:
+        torch._dynamo.reset()
+        network = small_network()
+        step = AdversarialStep(small_recipe(MAKE_OBJECTIVE[name](), attack=attack), network)
+        if compiled:
+            network.compile(backend=backend)
+        (optimizer,) = step.optimizers()
+        found = []
+        for number in range(3):
+            loss = step(batch, Progress(step=number, epochs=3))["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-5)

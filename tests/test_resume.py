@@ -1,0 +1,422 @@
+"""A run that was stopped anywhere and goes on ends like one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import (
+    FP32,
+    NET,
+    assert_same,
+    assert_same_run,
+    command,
+    metrics,
+    refused,
+    summary,
+    tiny_net,
+    tiny_recipe,
+    toy,
+    train,
+    weights,
+    write_toy,
+)
+from torch import Tensor, nn
+
+from holdfast import EMA, Interpolation, NormalizedMSE, View, fit
+from holdfast.forward import Attacked, Batch, Forward
+from holdfast.interruption import Interrupted, Interruption
+from holdfast.objectives.base import Measurement
+from holdfast.recipe import SGD, Recipe
+from holdfast.runs.checkpoint import checkpoints
+from holdfast.schedule import Schedule
+from holdfast.train import Loop
+
+EPOCHS, STEPS = 3, 4
+
+
+def clean_accuracy(view: View, batches: Any) -> float:
+    """Share of augmented training images that are classified correctly."""
+    with torch.no_grad():
+        return float(torch.cat([view(b.x).logits.argmax(1) == b.y for b in batches]).double().mean())
+
+
+class Remembering(NormalizedMSE):
+    """NMSE with a memory of every image's clean logits, a trained scale, and a weight that the loop measures."""
+
+    measures = (Measurement("clean_accuracy", clean_accuracy, images=32),)
+
+    def __init__(self) -> None:
+        super().__init__(strength=1.0)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("memory", torch.zeros(72, 4))
+        self.register_buffer("unsaved", torch.ones(()), persistent=False)
+
+    def forward(self, f: Forward) -> dict[str, Tensor]:
+        clean = f.outputs["clean"].logits
+        pull = (self.scale * clean - self.memory[f.batch.rows]).pow(2).sum(1)
+        with torch.no_grad():
+            self.memory[f.batch.rows] = 0.9 * self.memory[f.batch.rows] + 0.1 * clean.detach()
+            self.unsaved.mul_(1.01)
+        strength = 0.1 * (0.5 + f.progress.measured["clean_accuracy"]) * self.unsaved
+        return {**super().forward(f), "memory": strength * pull}
+
+
+class FromLastTime(nn.Module):
+    """One step from where the last search on the image ended: an attack with a memory."""
+
+    statistics = "eval"
+    memory: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(72, 1, 8, 8))
+
+    def passes(self) -> float:
+        return 2.0
+
+    def forward(self, view: View, batch: Batch, inner_loss: Any, *, threat: Any, progress: Any) -> Attacked:
+        x = threat.project(batch.x + self.memory[batch.rows], batch.x).requires_grad_(True)
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(inner_loss(view.detached()(x).logits).sum(), x)
+        x_adv = threat.project(x.detach() + 0.05 * threat.steepest(gradient), batch.x)
+        self.memory[batch.rows] = (x_adv - batch.x).detach()
+        return Attacked(x_adv, torch.zeros_like(batch.y))
+
+
+def everything() -> Recipe:
+    """A recipe in which all that a run keeps changes its weights."""
+    return tiny_recipe(
+        attack=FromLastTime(),
+        objective=Remembering(),
+        averages=(Interpolation(), EMA(decay=0.9)),
+        optimizer=SGD(learning_rate=0.05, momentum=Schedule(((0, 0.9), (1, 0.5))), weight_decay=1e-3),
+        schedule=Schedule(((0, 1), (1, 0.1))),
+        warmup=3 / (EPOCHS * STEPS),
+        label_smoothing=0.1,
+        epochs=EPOCHS,
+    )
+
+
+def go(out: Path, *, resume: bool = False, **settings: Any) -> Path:
+    """A run of `everything` on a network with BatchNorm and dropout."""
+    chosen = FP32.__class__(**{**vars(FP32), **settings})
+    return fit(everything(), toy(), tiny_net(dropout=0.3), out=out, settings=chosen, resume=resume).path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody stopped."""
+    return go(tmp_path_factory.mktemp("whole") / "run")
+
+
+class Crash(Exception):
+    """What a kill looks like from inside."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, how: Callable[[Loop], None]) -> None:
+    """Do something to the loop right after so many steps."""
+    before = Loop.one_step
+
+    def one_step(self: Loop, batch: Batch, progress: Any) -> None:
+        before(self, batch, progress)
+        if progress.step + 1 == step:
+            how(self)
+
+    monkeypatch.setattr(Loop, "one_step", one_step)
+
+
+def ask(loop: Loop) -> None:
+    loop.interruption.asked = True
+
+
+def crash(loop: Loop) -> None:
+    raise Crash
+
+
+def test_the_run_is_what_the_other_tests_need(whole: Path) -> None:
+    """Warm-up, both averages, the memories and the measured value are all at work."""
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == [STEPS, 2 * STEPS, 3 * STEPS]
+    assert list(lines[0]["terms"]) == ["loss", "clean_ce", "adv_ce", "nmse", "memory"]
+    assert len({line["measured"]["clean_accuracy"] for line in lines}) > 1
+    assert not torch.equal(weights(whole)["0.weight"], tiny_net().state_dict()["0.weight"])
+
+
+@pytest.mark.parametrize("step", range(1, EPOCHS * STEPS))
+def test_asked_to_stop_after_any_step(
+    step: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at every position: saved at once, resumed bit for bit."""
+    stop_at(monkeypatch, step, ask)
+    with pytest.raises(Interrupted) as stopped:
+        go(tmp_path / "run")
+    assert str(stopped.value) == f"stopped; go on with: holdfast train --resume --out {tmp_path / 'run'}"
+    assert checkpoints(tmp_path / "run")[-1].name == f"step-{step:010d}.pt"
+    monkeypatch.undo()
+    assert_same_run(go(tmp_path / "run", resume=True), whole)
+
+
+@pytest.mark.parametrize("minutes", [15.0, 0.0])
+@pytest.mark.parametrize("step", [1, 4, 6, 11, 12])
+def test_crashed_after_a_step(
+    step: int, minutes: float, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing could be saved any more: the run goes on from the last checkpoint, in an epoch or at its end."""
+    stop_at(monkeypatch, step, crash)
+    with pytest.raises(Crash):
+        go(tmp_path / "run", checkpoint_minutes=minutes)
+    found = [int(path.stem.removeprefix("step-")) for path in checkpoints(tmp_path / "run")]
+    last = step - 1 if minutes == 0 else (step - 1) // STEPS * STEPS
+    assert max(found, default=0) == last
+    assert len(found) <= FP32.keep_checkpoints
+    monkeypatch.undo()
+    assert_same_run(go(tmp_path / "run", resume=True, checkpoint_minutes=minutes), whole)
+
+
+@pytest.mark.parametrize("where", ["cut_metrics", "append_metrics", "write_summary", "export", "save", "close"])
+def test_crashed_at_an_epochs_end(where: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between any two of the things that an epoch's end writes."""
+    from holdfast.runs.folder import RunFolder
+
+    owner: Any = Loop if hasattr(Loop, where) else RunFolder
+    before = getattr(owner, where)
+
+    def after(*arguments: Any) -> None:
+        before(*arguments)
+        raise Crash
+
+    monkeypatch.setattr(owner, where, after)
+    with pytest.raises(Crash):
+        go(tmp_path / "run")
+    monkeypatch.undo()
+    assert_same_run(go(tmp_path / "run", resume=True), whole)
+
+
+def test_stopped_twice(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run can be stopped and resumed again; environment.json tells of both."""
+    for step, resume in ((3, False), (7, True)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, ask)
+            with pytest.raises(Interrupted):
+                go(tmp_path / "run", resume=resume)
+    assert_same_run(go(tmp_path / "run", resume=True), whole)
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert len(environment["resumed"]) == 2
+
+
+@pytest.mark.parametrize("junk", ['{"epoch": 3, "terms": {', '{"epoch": 99}\n{"epoch": 100}\n'])
+def test_metrics_are_cut_back(junk: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines that the checkpoint does not know of, whole or not, go."""
+    stop_at(monkeypatch, 6, ask)
+    with pytest.raises(Interrupted):
+        go(tmp_path / "run")
+    monkeypatch.undo()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(junk)
+    assert_same_run(go(tmp_path / "run", resume=True), whole)
+
+
+def test_files_of_a_killed_write_are_no_hindrance(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a checkpoint has no checkpoint's name; half a configuration does not make a folder taken."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".config.yaml.part").write_text("recipe: ti")
+    stop_at(monkeypatch, 6, ask)
+    with pytest.raises(Interrupted):
+        go(run)
+    monkeypatch.undo()
+    (run / "checkpoints" / ".step-0000000011.pt.part").write_bytes(b"PK")
+    assert_same_run(go(run, resume=True), whole)
+
+
+def test_seconds_count_what_came_before_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving inside an epoch, and stopping in it, take nothing from its time or add to its speed."""
+    stop_at(monkeypatch, 3, ask)
+    before = Loop.one_step
+
+    def slow(self: Loop, batch: Batch, progress: Any) -> None:
+        time.sleep(0.05)
+        before(self, batch, progress)
+
+    monkeypatch.setattr(Loop, "one_step", slow)
+    with pytest.raises(Interrupted):
+        go(tmp_path / "run", checkpoint_minutes=0.0)
+    go(tmp_path / "run", checkpoint_minutes=0.0, resume=True)
+    for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+        assert line["seconds"] >= 0.05 * STEPS
+        assert line["images_per_second"] == pytest.approx(STEPS * 16 / line["seconds"], rel=1e-6)
+
+
+def test_a_finished_run_stays_as_it_is(whole: Path) -> None:
+    """Resuming it returns what it found and writes nothing."""
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    shown: list[str] = []
+
+    class Heard(__import__("holdfast.progress_display", fromlist=["Display"]).Display):  # type: ignore[misc]
+        def say(self, text: str) -> None:
+            shown.append(text)
+
+    run = fit(everything(), toy(), tiny_net(dropout=0.3), out=whole, settings=FP32, resume=True, display=Heard())
+    assert shown == [f"{whole} is already finished"]
+    assert run.summary == json.loads((whole / "summary.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+# ------------------------------------------------------------------------------------------------ real signals
+
+
+def test_sigterm_stops_after_the_step(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is finished and saved; the handlers are put back."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    stop_at(monkeypatch, 5, lambda loop: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        go(tmp_path / "run")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert checkpoints(tmp_path / "run")[-1].name == "step-0000000005.pt"
+    monkeypatch.undo()
+    assert_same_run(go(tmp_path / "run", resume=True), whole)
+
+
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    """The first only asks."""
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_during_the_closing_evaluation(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All training is saved by then; the message is the same, and only the evaluation is repeated."""
+    stop_at(monkeypatch, EPOCHS * STEPS, ask)
+    with pytest.raises(Interrupted):
+        go(tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    monkeypatch.setattr(Loop, "one_step", crash)
+    assert_same_run(go(tmp_path / "run", resume=True), whole)
+
+
+SLOW_NET = NET.replace("return self.body", "__import__('time').sleep(0.002); return self.body").replace(
+    "super().__init__()", "super().__init__(); self.ballast = nn.Parameter(torch.zeros(300_000))"
+)
+"""Slow enough to be caught in the act, with checkpoints of a few megabytes."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, a model file with a space in its path, and the whole run of the command."""
+    folder = tmp_path_factory.mktemp("killed runs")
+    write_toy(folder / "toy.npz")
+    (folder / "net.py").write_text(SLOW_NET)
+    assert train(folder / "toy.npz", folder / "whole", *options(folder), recipe="piat_nmse", epochs=3) == 0
+    return folder
+
+
+def options(folder: Path) -> list[object]:
+    return ["--model", f"{folder / 'net.py'}:make", "--averages.ema.decay", 0.9, "--training.checkpoint_minutes", 0]
+
+
+def started(folder: Path, out: Path) -> subprocess.Popen[str]:
+    """`holdfast train` as a process of its own."""
+    words = ["train", "piat_nmse", "--data", folder / "toy.npz", "--threat.epsilon", 0.1, "--model.width", 4]
+    words += ["--epochs", 3, "--batch-size", 16, "--precision", "fp32", "--training.device", "cpu"]
+    words += ["--training.validation_steps", 2, "--training.test_steps", 2, "--attack.steps", 2]
+    words += ["--out", out, *options(folder)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "holdfast.cli.main", *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
+    """Look as often as possible until something is there."""
+    limit = time.monotonic() + 60
+    while not there():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit
+
+
+def lines_of(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "a metrics line": lambda out: lines_of(out) == 1,
+    "half a checkpoint": lambda out: lines_of(out) == 1 and any((out / "checkpoints").glob(".*.part")),
+    "a checkpoint inside an epoch": lambda out: (out / "checkpoints" / "step-0000000006.pt").exists(),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed(moment: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGKILL cannot be caught: whatever was being written is lost, and nothing else."""
+    out = tmp_path / "run"
+    process = started(place, out)
+    wait_for(process, lambda: MOMENTS[moment](out))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "summary.json").exists()
+    assert command("train", "--resume", "--out", out) == 0
+    assert "going on after epoch" in capsys.readouterr().err
+    assert_same_run(out, place / "whole")
+
+
+def test_ctrl_c_names_the_command_that_goes_on(place: Path, tmp_path: Path) -> None:
+    """Exit code 130, one last line, and that very command works."""
+    out = tmp_path / "a run"
+    process = started(place, out)
+    wait_for(process, lambda: lines_of(out) == 1)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate()[1].strip().splitlines()
+    assert process.returncode == 130
+    assert told[-1] == f"holdfast: stopped; go on with: holdfast train --resume --out '{out}'"
+    assert command("train", "--resume", "--out", out) == 0
+    assert_same_run(out, place / "whole")
+
+
+# ---------------------------------------------------------------------------------------- refusals of the command
+
+
+def test_the_command_says_when_there_is_nothing_to_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished run is told; other settings, another recipe and a folder in use are refused."""
+    data, out = write_toy(tmp_path / "toy.npz"), tmp_path / "run"
+    assert train(data, out) == 0
+    before, lines = summary(out), metrics(out)
+    capsys.readouterr()
+    assert command("train", "--resume", "--out", out, "--json") == 0
+    told = capsys.readouterr()
+    assert "is already finished" in told.err
+    assert json.loads(told.out)["best"] == before["best"]
+
+    assert "add --resume to go on with it" in refused(capsys, "train", "pgd_at", "--data", data, "--threat.epsilon", "0.1",
+                                                      "--out", out)  # fmt: skip
+    assert "seed is 0, not 5" in refused(capsys, "train", "--resume", "--out", out, "--seed", 5)
+    assert "attack.steps is 2, not 3" in refused(capsys, "train", "--resume", "--out", out, "--attack.steps", 3)
+    assert "holds a run of pgd_at, not piat" in refused(capsys, "train", "piat", "--resume", "--out", out)
+    assert "--resume needs the run folder" in refused(capsys, "train", "--resume")
+    assert "nothing to resume" in refused(capsys, "train", "--resume", "--out", tmp_path / "nowhere")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "letter.txt").write_text("dear")
+    assert "is not empty and holds no run" in refused(capsys, "train", "pgd_at", "--data", data, "--threat.epsilon", "0.1",
+                                                      "--out", full)  # fmt: skip
+    assert_same(summary(out), before)
+    assert_same(metrics(out), lines)
+    assert [path.name for path in full.iterdir()] == ["letter.txt"]
