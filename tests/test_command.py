@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_runs import NET, assert_same, command, metrics, refused, summary, train, weights, write_toy
 
 from holdfast import PGD, load_model
 from holdfast.cli import demo, evaluate, table
@@ -32,11 +31,25 @@ from holdfast.models.table import MODELS
 from holdfast.recipes import RECIPES, pgd_at
 from holdfast.schedule import Progress, value_at
 from holdfast.setup import Settings
+from tiny_runs import NET, assert_same, command, metrics, refused, summary, train, weights, write_toy
 
-SUMMARY = (
-    "recipe, data, model, threat, epsilon, seed, clean_accuracy, robust_accuracy, interval, attack, n, seconds, best,"
-    " last, version"
-).split(", ")
+SUMMARY = [
+    "recipe",
+    "data",
+    "model",
+    "threat",
+    "epsilon",
+    "seed",
+    "clean_accuracy",
+    "robust_accuracy",
+    "interval",
+    "attack",
+    "n",
+    "seconds",
+    "best",
+    "last",
+    "version",
+]
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +137,33 @@ def test_the_static_tables_name_what_there_is(capsys: pytest.CaptureFixture[str]
 def test_the_issues_options_exist() -> None:
     """Every option that the issue writes down."""
     options = train_verb.parser()._option_string_actions
-    for option in "--data --model --epochs --seed --threat.epsilon --out --resume --config --json --init --validate-every".split():
+    for option in [
+        "--data",
+        "--model",
+        "--epochs",
+        "--seed",
+        "--threat.epsilon",
+        "--out",
+        "--resume",
+        "--config",
+        "--json",
+        "--init",
+        "--validate-every",
+    ]:
         assert option in options
     assert "--paper-settings" in options
     options = evaluate.parser()._option_string_actions
-    for option in "--checkpoint --attack --steps --restarts --epsilon --data --n --out --json".split():
+    for option in [
+        "--checkpoint",
+        "--attack",
+        "--steps",
+        "--restarts",
+        "--epsilon",
+        "--data",
+        "--n",
+        "--out",
+        "--json",
+    ]:
         assert option in options
     assert {name: options[name].default for name in ("--checkpoint", "--attack", "--steps", "--restarts")} == {
         "--checkpoint": "best",
@@ -218,12 +253,17 @@ def test_a_value_that_names_a_function_is_not_imported(
             refused(capsys, *base, f"--{key}", value)
     config = {
         **recipe_config(pgd_at(epsilon=0.1)),
-        **{"data": str(data), "model": {"name": "small_cnn"}, "seed": 0, "training": {"device": "cpu"}},
+        "data": str(data),
+        "model": {"name": "small_cnn"},
+        "seed": 0,
+        "training": {"device": "cpu"},
     }
     config["optimizer"]["momentum"] = "mischief.one"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     for more in ([], ["--attack.steps", 2]):
-        assert "momentum" in refused(capsys, "train", "--config", tmp_path / "config.yaml", "--out", tmp_path / "r", *more)
+        assert "momentum" in refused(
+            capsys, "train", "--config", tmp_path / "config.yaml", "--out", tmp_path / "r", *more
+        )
     assert not (tmp_path / "ran").exists()
 
 
@@ -287,7 +327,15 @@ def test_the_same_configuration_repeats_the_run(run: Path, data: Path, tmp_path:
 def test_options_change_a_configuration_and_keep_the_rest(data: Path, tmp_path: Path) -> None:
     """What the file says stays, in every section, when the command line changes one setting."""
     first = tmp_path / "first"
-    more = ["--threat.lower", -0.5, "--threat.upper", 1.5, "--averages.interpolation.weight", 0.3, "--optimizer.nesterov"]
+    more = [
+        "--threat.lower",
+        -0.5,
+        "--threat.upper",
+        1.5,
+        "--averages.interpolation.weight",
+        0.3,
+        "--optimizer.nesterov",
+    ]
     assert train(data, first, *more, "true", "--training.validate_every", 2, "--objective.strength", 2,
                  recipe="pgd_at_nmse") == 0  # fmt: skip
     words = ["train", "--config", first / "config.yaml", "--out", tmp_path / "second", "--attack.restarts", 2]
@@ -304,15 +352,33 @@ def test_options_change_a_configuration_and_keep_the_rest(data: Path, tmp_path: 
 def base(recipe: str = "pgd_at_nmse") -> dict[str, Any]:
     """A configuration as `holdfast train` makes it before the overrides."""
     built = RECIPES[recipe](epsilon="8/255")
-    return {**recipe_config(built), "data": "digits", "model": {"name": "small_cnn"}, "seed": 0, "training": vars(Settings())}
+    return {
+        **recipe_config(built),
+        "data": "digits",
+        "model": {"name": "small_cnn"},
+        "seed": 0,
+        "training": vars(Settings()),
+    }
 
 
 def test_overrides_reach_the_objects() -> None:
     """Every section; YAML values, fractions, schedules, and an average that the recipe did not have."""
-    words = """--attack.steps=3 --attack.step_size=2/255 --attack.statistics=batch --objective.detach_weight=true
-        --averages.ema.decay=0.9 --averages.ema.warm_up=false --optimizer.learning_rate=0.3 --optimizer.nesterov=true
-        --schedule.interpolation=step --training.compile=true --training.flip=false --training.test_images=null
-        --threat.lower=0.25 --model.width=7""".split()
+    words = [
+        "--attack.steps=3",
+        "--attack.step_size=2/255",
+        "--attack.statistics=batch",
+        "--objective.detach_weight=true",
+        "--averages.ema.decay=0.9",
+        "--averages.ema.warm_up=false",
+        "--optimizer.learning_rate=0.3",
+        "--optimizer.nesterov=true",
+        "--schedule.interpolation=step",
+        "--training.compile=true",
+        "--training.flip=false",
+        "--training.test_images=null",
+        "--threat.lower=0.25",
+        "--model.width=7",
+    ]
     words += ["--objective.strength={knots: [[0, 0], [1, 4]]}", "--schedule.knots=[[0, 1], [0.5, 0.2]]"]
     words += ["--averages.interpolation.coefficients=[1, 1, 2, 20]"]
     config = override(base(), words)
@@ -346,7 +412,9 @@ def test_overrides_of_averages_that_are_there_keep_their_order() -> None:
 
 def test_another_kind_of_part() -> None:
     """`--attack.name` and `--objective.name` bring their own settings, in any order of the words."""
-    config = override(base(), ["--attack.step_size=2/255", "--attack.name=fgsm", "--objective.name=adversarial_training"])
+    config = override(
+        base(), ["--attack.step_size=2/255", "--attack.name=fgsm", "--objective.name=adversarial_training"]
+    )
     assert config["attack"] == {"name": "fgsm", "step_size": 2 / 255, "random_start": False, "statistics": "eval"}
     assert config["objective"] == {"name": "adversarial_training"}
     recipe = build_recipe(override(base("standard"), ["--objective.name=normalized_mse", "--attack.name=pgd"]))
@@ -407,7 +475,18 @@ def test_epsilon_is_never_guessed(data: Path, tmp_path: Path, capsys: pytest.Cap
     assert "no epsilon is customary for digits under L2" in refused(
         capsys, "train", "pgd_at", "--data", "digits", "--threat.norm", "L2"
     )
-    words = ["train", "standard", "--data", "digits", "--epochs", 1, "--model.width", 4, "--training.validation_steps", 1]
+    words = [
+        "train",
+        "standard",
+        "--data",
+        "digits",
+        "--epochs",
+        1,
+        "--model.width",
+        4,
+        "--training.validation_steps",
+        1,
+    ]
     assert command(*words, "--training.test_steps", 1, "--training.test_images", 50, "--out", tmp_path / "run") == 0
     assert "epsilon 0.2, as is customary for digits" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epsilon"] == 0.2
@@ -505,7 +584,7 @@ def test_a_model_folder_may_move(run: Path, data: Path, tmp_path: Path, capsys: 
 def test_a_model_from_your_own_file(
     home: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It trains and is evaluated, and the run folder is enough when the file is gone. Its function takes what it likes."""
+    """It trains and is evaluated; the run folder is enough when the file is gone. The function takes what it likes."""
     monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "net.py"
     file.write_text(NET)
@@ -566,7 +645,11 @@ def test_the_installed_command_exists() -> None:
     if not script.exists():
         pytest.skip("holdfast is not installed as a script here")
     ended = subprocess.run(
-        [script, "list", "recipes"], capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [script, "list", "recipes"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert ended.returncode == 0
     assert ended.stdout.splitlines()[0].startswith("standard")

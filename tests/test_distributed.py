@@ -15,6 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+
+from holdfast import EMA, Interpolation, NormalizedMSE, distributed, fit
+from holdfast.errors import HoldfastError
+from holdfast.forward import Forward
+from holdfast.interruption import Interrupted
+from holdfast.schedule import Progress
+from holdfast.train import Loop
 from tiny_runs import (
     FP32,
     FP64,
@@ -28,14 +36,6 @@ from tiny_runs import (
     weights,
     write_toy,
 )
-from torch import Tensor
-
-from holdfast import EMA, Interpolation, NormalizedMSE, distributed, fit
-from holdfast.errors import HoldfastError
-from holdfast.forward import Forward
-from holdfast.interruption import Interrupted
-from holdfast.schedule import Progress
-from holdfast.train import Loop
 
 WORLD = 2
 
@@ -202,7 +202,7 @@ def test_the_uneven_case_is_what_it_says(folder: Path) -> None:
 
 @pytest.mark.parametrize("case", [*CASES, "coupled"])
 def test_both_processes_hold_the_same(case: str, folder: Path) -> None:
-    """Parameters bit for bit, and buffers, averages, the evaluated network and the best so far, at every epoch's end."""
+    """Parameters bit for bit, buffers, averages, the evaluated network and the best so far, at every epoch's end."""
     first, second = (kept(folder, case, rank)["ends"] for rank in range(WORLD))
     assert_same(first, second)
 
@@ -245,7 +245,17 @@ def test_torchrun_runs_the_command_unchanged(tmp_path: Path) -> None:
     data, net = write_toy(tmp_path / "toy.npz"), tmp_path / "net.py"
     net.write_text(NET.replace("nn.BatchNorm2d(width)", "nn.Identity()").replace("nn.Dropout(0.2)", "nn.Identity()"))
     words = ["train", "piat", "--data", data, "--threat.epsilon", "0.1", "--model", f"{net}:make", "--epochs", "3"]
-    words += ["--batch-size", "16", "--precision", "fp64", "--attack.steps", "2", "--training.test_steps", "2", "--json"]
+    words += [
+        "--batch-size",
+        "16",
+        "--precision",
+        "fp64",
+        "--attack.steps",
+        "2",
+        "--training.test_steps",
+        "2",
+        "--json",
+    ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

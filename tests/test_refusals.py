@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 from collections.abc import Iterator
@@ -16,6 +15,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from torch import nn
+
+from holdfast import HoldfastError, Linf, fit, load_model
+from holdfast.checks import check_batch
+from holdfast.data.images import Dataset, Images
+from holdfast.errors import NonFiniteLoss
+from holdfast.forward import Batch
+from holdfast.interruption import Interrupted
+from holdfast.recipe import SGD
+from holdfast.runs.checkpoint import checkpoints
+from holdfast.runs.files import write_json
+from holdfast.train import Loop
 from tiny_runs import (
     FP32,
     NET,
@@ -31,18 +42,6 @@ from tiny_runs import (
     weights,
     write_toy,
 )
-from torch import nn
-
-from holdfast import HoldfastError, Linf, fit, load_model
-from holdfast.checks import check_batch
-from holdfast.data.images import Dataset, Images
-from holdfast.errors import NonFiniteLoss
-from holdfast.forward import Batch
-from holdfast.interruption import Interrupted
-from holdfast.recipe import SGD
-from holdfast.runs.checkpoint import checkpoints
-from holdfast.runs.files import write_json
-from holdfast.train import Loop
 
 
 @pytest.fixture
@@ -235,7 +234,9 @@ def content(run: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that had room."""
-    return fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=tmp_path_factory.mktemp("whole") / "run", settings=FP32).path
+    return fit(
+        tiny_recipe(epochs=4), toy(), tiny_net(), out=tmp_path_factory.mktemp("whole") / "run", settings=FP32
+    ).path
 
 
 @pytest.mark.parametrize("how", ["fsync", "write", "metrics", "size"])
@@ -307,7 +308,9 @@ def test_evaluate_on_a_full_disk(damaged: Path, capsys: pytest.CaptureFixture[st
     assert list((damaged / "evaluations").iterdir()) == []
 
 
-def test_a_run_folder_that_exists(data: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_folder_that_exists(
+    data: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run, a folder of something else, a file: none is touched."""
     before = content(damaged)
     assert "already holds a run: add --resume to go on with it" in refused(capsys, *asked(data, damaged))
@@ -337,7 +340,7 @@ def test_writing_is_refused_by_the_system(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(HoldfastError, match="cannot be written .*choose another --out"):
+    with pytest.raises(HoldfastError, match=r"cannot be written .*choose another --out"):
         write_json(tmp_path / "a.json", {})
 
 
@@ -362,9 +365,10 @@ def stopped_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         before(self, batch, progress)
         self.interruption.asked = progress.step == 9
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         patch.setattr(Loop, "one_step", one_step)
-        fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=tmp_path / "run", settings=FP32)
+        with pytest.raises(Interrupted):
+            fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=tmp_path / "run", settings=FP32)
     return tmp_path / "run"
 
 

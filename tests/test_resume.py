@@ -14,6 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from holdfast import EMA, Interpolation, NormalizedMSE, View, fit
+from holdfast.forward import Attacked, Batch, Forward
+from holdfast.interruption import Interrupted, Interruption
+from holdfast.objectives.base import Measurement
+from holdfast.recipe import SGD, Recipe
+from holdfast.runs.checkpoint import checkpoints
+from holdfast.schedule import Schedule
+from holdfast.train import Loop
 from tiny_runs import (
     FP32,
     NET,
@@ -30,16 +40,6 @@ from tiny_runs import (
     weights,
     write_toy,
 )
-from torch import Tensor, nn
-
-from holdfast import EMA, Interpolation, NormalizedMSE, View, fit
-from holdfast.forward import Attacked, Batch, Forward
-from holdfast.interruption import Interrupted, Interruption
-from holdfast.objectives.base import Measurement
-from holdfast.recipe import SGD, Recipe
-from holdfast.runs.checkpoint import checkpoints
-from holdfast.schedule import Schedule
-from holdfast.train import Loop
 
 EPOCHS, STEPS = 3, 4
 
@@ -153,9 +153,7 @@ def test_the_run_is_what_the_other_tests_need(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("step", range(1, EPOCHS * STEPS))
-def test_asked_to_stop_after_any_step(
-    step: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_asked_to_stop_after_any_step(step: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C at every position: saved at once, resumed bit for bit."""
     stop_at(monkeypatch, step, ask)
     with pytest.raises(Interrupted) as stopped:
@@ -342,11 +340,12 @@ def started(folder: Path, out: Path) -> subprocess.Popen[str]:
 
 
 def wait_for(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
-    """Look as often as possible until something is there."""
+    """Look often until something is there."""
     limit = time.monotonic() + 60
     while not there():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < limit
+        time.sleep(0.0005)
 
 
 def lines_of(out: Path) -> int:
@@ -392,9 +391,7 @@ def test_ctrl_c_names_the_command_that_goes_on(place: Path, tmp_path: Path) -> N
 # ---------------------------------------------------------------------------------------- refusals of the command
 
 
-def test_the_command_says_when_there_is_nothing_to_resume(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_when_there_is_nothing_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A finished run is told; other settings, another recipe and a folder in use are refused."""
     data, out = write_toy(tmp_path / "toy.npz"), tmp_path / "run"
     assert train(data, out) == 0
@@ -405,8 +402,8 @@ def test_the_command_says_when_there_is_nothing_to_resume(
     assert "is already finished" in told.err
     assert json.loads(told.out)["best"] == before["best"]
 
-    assert "add --resume to go on with it" in refused(capsys, "train", "pgd_at", "--data", data, "--threat.epsilon", "0.1",
-                                                      "--out", out)  # fmt: skip
+    words = ["train", "pgd_at", "--data", data, "--threat.epsilon", 0.1]
+    assert "add --resume to go on with it" in refused(capsys, *words, "--out", out)
     assert "seed is 0, not 5" in refused(capsys, "train", "--resume", "--out", out, "--seed", 5)
     assert "attack.steps is 2, not 3" in refused(capsys, "train", "--resume", "--out", out, "--attack.steps", 3)
     assert "holds a run of pgd_at, not piat" in refused(capsys, "train", "piat", "--resume", "--out", out)
@@ -415,8 +412,7 @@ def test_the_command_says_when_there_is_nothing_to_resume(
     full = tmp_path / "full"
     full.mkdir()
     (full / "letter.txt").write_text("dear")
-    assert "is not empty and holds no run" in refused(capsys, "train", "pgd_at", "--data", data, "--threat.epsilon", "0.1",
-                                                      "--out", full)  # fmt: skip
+    assert "is not empty and holds no run" in refused(capsys, *words, "--out", full)
     assert_same(summary(out), before)
     assert_same(metrics(out), lines)
     assert [path.name for path in full.iterdir()] == ["letter.txt"]

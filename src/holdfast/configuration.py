@@ -140,7 +140,9 @@ def check_keys(config: Mapping[str, Any]) -> None:
             raise HoldfastError(f"the configuration lacks {key!r}: start from the config.yaml of a run")
     for key, kind in (*KINDS.items(), ("attack", Mapping), ("views", list)):
         value = config.get(key)
-        if (not isinstance(value, kind) or isinstance(value, bool)) and not (value is None and key in ("attack", "views")):
+        if value is None and key in ("attack", "views"):
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise HoldfastError(f"the configuration's {key!r} is {value!r}: write it as in the config.yaml of a run")
     for key in ("views", "averages"):
         if not all(isinstance(part, Mapping) for part in config.get(key) or ()):

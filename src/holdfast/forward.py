@@ -19,6 +19,8 @@ from holdfast.errors import HoldfastError
 from holdfast.models.taps import tapped
 from holdfast.schedule import Progress
 
+_CAST_BY_AUTOCAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
 Statistics = Literal["eval", "batch", "batch_tracked"]
 STATISTICS: tuple[Statistics, ...] = ("eval", "batch", "batch_tracked")
 
@@ -136,9 +138,20 @@ class View:
         return Outputs(logits, features)
 
     def detached(self) -> View:
-        """The same view with weights that no gradient reaches: what an attack runs on."""
+        """The same view with weights that no gradient reaches: what an attack runs on.
+
+        Under autocast the weights of convolutions and linear layers are cast here, once for all steps of the attack:
+        autocast keeps no copies of weights without gradient and would cast them at every forward.
+        """
         state = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         state.update({name: tensor.detach() for name, tensor in (self.state or {}).items()})
+        device = next(iter(state.values())).device.type if state else "cpu"
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            for prefix, module in self.model.named_modules():
+                if type(module) in _CAST_BY_AUTOCAST:
+                    for name, _ in module.named_parameters(prefix, recurse=False):
+                        state[name] = state[name].to(dtype)
         return replace(self, state=state)
 
     def running(self, statistics: Statistics) -> View:

@@ -74,8 +74,8 @@ class Settings:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("validate_every", 1), ("validation_images", 1), ("validation_steps", 0), ("test_steps", 1),
-                            ("test_images", 1), ("evaluation_batch", 1), ("keep_checkpoints", 1), ("padding", 0)):  # fmt: skip
+        counts = ("validate_every", "validation_images", "test_images", "test_steps", "evaluation_batch", "keep_checkpoints")
+        for name, least in (*((name, 1) for name in counts), ("validation_steps", 0), ("padding", 0)):
             value = getattr(self, name)
             if value is None and name in ("test_images", "padding"):
                 continue

@@ -177,8 +177,9 @@ class AdversarialStep(nn.Module):
 
 def not_finite(term: str) -> NonFiniteLoss:
     """The error for a loss term, or the gradient, that is NaN or infinite."""
+    what = "the gradient" if term == "gradient" else f"loss term {term!r}"
     return NonFiniteLoss(
-        f"{'the gradient' if term == 'gradient' else f'loss term {term!r}'} is NaN or infinite: lower the learning rate, set --gradient-clip 1.0, or use"
+        f"{what} is NaN or infinite: lower the learning rate, set --gradient-clip 1.0, or use"
         " --precision fp32; the last checkpoint is kept"
     )
 

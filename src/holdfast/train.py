@@ -400,7 +400,7 @@ class Loop:
         )
 
     def tick(self, count: int) -> None:
-        """So many more images of the closing evaluation are done. Stopped here, a run has only the evaluation to repeat."""
+        """So many more images of the closing evaluation are done; stopped here, a run has only that to repeat."""
         self.display.advance(count)
         if self.interruption.asked and not distributed.active():
             raise Interrupted(self.folder.path)

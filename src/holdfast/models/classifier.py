@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.models.normalize import normalization
@@ -28,6 +29,25 @@ def require_at_least(minimum: int, **values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise HoldfastError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+
+
+class GlobalAveragePool(nn.Module):
+    """Mean over all positions, keeping them as 1x1.
+
+    The same numbers as `nn.AdaptiveAvgPool2d(1)`. That one's gradient comes out NCHW, after which the elementwise
+    gradients of a channels-last network run unvectorised; measured on two cores, a ReLU and this pooling take a third to
+    a half of the time forward and backward.
+
+    Shapes:
+        x: (B, C, H, W). Returns (B, C, 1, 1).
+    Example:
+        >>> import torch
+        >>> GlobalAveragePool()(torch.ones(2, 3, 4, 5)).shape
+        torch.Size([2, 3, 1, 1])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, (x.shape[-2], x.shape[-1]))
 
 
 class ImageClassifier(nn.Module):

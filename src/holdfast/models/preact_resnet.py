@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from holdfast.models.classifier import ImageClassifier, require_at_least
+from holdfast.models.classifier import GlobalAveragePool, ImageClassifier, require_at_least
 from holdfast.models.weight_init import initialize_convolutional
 
 
@@ -102,7 +102,7 @@ class PreActResNet18(ImageClassifier):
         self.layer4 = _stage(4 * width, 8 * width, 2)
         self.bn = nn.BatchNorm2d(8 * width)
         self.relu = nn.ReLU()
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = GlobalAveragePool()
         self.fc = nn.Linear(8 * width, num_classes)
         initialize_convolutional(self)
 

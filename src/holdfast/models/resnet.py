@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from holdfast.models.classifier import ImageClassifier, require_at_least
+from holdfast.models.classifier import GlobalAveragePool, ImageClassifier, require_at_least
 from holdfast.models.weight_init import initialize_convolutional
 
 
@@ -101,7 +101,7 @@ class ResNet18(ImageClassifier):
         self.layer2 = _stage(width, 2 * width, 2)
         self.layer3 = _stage(2 * width, 4 * width, 2)
         self.layer4 = _stage(4 * width, 8 * width, 2)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = GlobalAveragePool()
         self.fc = nn.Linear(8 * width, num_classes)
         initialize_convolutional(self)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.models.classifier import ImageClassifier, require_at_least
+from holdfast.models.classifier import GlobalAveragePool, ImageClassifier, require_at_least
 from holdfast.models.weight_init import initialize_convolutional
 
 
@@ -64,7 +64,7 @@ class SmallCNN(ImageClassifier):
         self.layer2 = _layer(width, 2 * width)
         self.layer3 = _layer(2 * width, 4 * width, stride=2)
         self.layer4 = _layer(4 * width, 4 * width)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = GlobalAveragePool()
         self.fc = nn.Linear(4 * width, num_classes)
         initialize_convolutional(self)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.models.classifier import ImageClassifier, require_at_least
+from holdfast.models.classifier import GlobalAveragePool, ImageClassifier, require_at_least
 from holdfast.models.weight_init import initialize_convolutional
 
 
@@ -162,7 +162,7 @@ class WideResNet(ImageClassifier):
         self.block3 = WideGroup(2 * wide, 4 * wide, blocks=blocks, stride=2, dropout=dropout)
         self.bn1 = nn.BatchNorm2d(4 * wide)
         self.relu = nn.ReLU()
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = GlobalAveragePool()
         self.fc = nn.Linear(4 * wide, num_classes)
         initialize_convolutional(self)
 
