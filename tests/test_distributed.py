@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def exact(case: str) -> dict[str, Any]:
 
 def coupled() -> dict[str, Any]:
     """BatchNorm on each process's own half, dropout, every average: equal on both, but not to one process."""
-    averages = (Interpolation(), EMA(decay=0.9, buffers="clean"))
+    averages = (Interpolation(buffers="reestimate"), EMA(decay=0.9))
     recipe = tiny_recipe(objective=WithMemory(), averages=averages, epochs=3, batch_size=4, label_smoothing=0.1)
     return {"recipe": recipe, "data": toy(), "model": tiny_net(dropout=0.2), "settings": FP32}
 
@@ -153,7 +154,14 @@ def process(rank: int, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs of two processes, made in one go, and those of one process."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(process, args=(folder,), nprocs=WORLD)
+    together = mp.spawn(process, args=(folder,), nprocs=WORLD, join=False)
+    limit = time.monotonic() + 300
+    try:
+        while not together.join(timeout=1):
+            assert time.monotonic() < limit, "the processes wait for each other"
+    finally:
+        for one in together.processes:
+            one.kill()
     for case in CASES:
         with Watched() as watched:
             fit(**exact(case), out=folder / "one" / case)
@@ -261,11 +269,11 @@ def test_torchrun_runs_the_command_unchanged(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     ended = subprocess.run(
-        [*run, "-m", "holdfast.cli.main", *map(str, words), "--out", str(tmp_path / "two")],
+        [*run, "-m", "holdfast", *map(str, words), "--out", str(tmp_path / "two")],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

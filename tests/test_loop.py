@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -547,6 +548,31 @@ def test_the_global_seed_changes_nothing(tmp_path: Path) -> None:
     assert not torch.equal(weights(runs[0].path)["fc.weight"], weights(runs[2].path)["fc.weight"])
 
 
+def test_dropout_is_drawn_by_seed_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another mask at every step, the same in a run of the same seed, whatever the global generator has come to."""
+    masks: list[Tensor] = []
+
+    def forward(self: nn.Dropout, x: Tensor) -> Tensor:
+        mask = nn.functional.dropout(torch.ones_like(x), self.p, self.training)
+        if self.training:
+            masks.append(mask)
+        return x * mask
+
+    monkeypatch.setattr(nn.Dropout, "forward", forward)
+    drawn = []
+    for ambient, seed in ((1, 0), (2, 0), (1, 5)):
+        torch.manual_seed(ambient)
+        recipe = tiny_recipe(attack=None, objective=StandardTraining())
+        fit(recipe, toy(), tiny_net(dropout=0.5), out=tmp_path / f"{ambient}-{seed}", seed=seed, settings=FP32)
+        drawn.append(list(masks))
+        masks.clear()
+    assert_same(drawn[0], drawn[1])
+    assert len(drawn[0]) == 2 * STEPS
+    for first in range(2 * STEPS):
+        assert not torch.equal(drawn[0][first], drawn[2][first])
+        assert all(not torch.equal(drawn[0][first], drawn[0][later]) for later in range(first + 1, 2 * STEPS))
+
+
 def test_any_module(tmp_path: Path) -> None:
     """No BatchNorm, no name, no method but forward; it comes back with the weights on the caller's architecture."""
     run = fit(tiny_recipe(), toy(), nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), out=tmp_path / "run", settings=FP32)
@@ -557,35 +583,50 @@ def test_any_module(tmp_path: Path) -> None:
     assert torch.equal(model[1].weight, weights(run.path)["1.weight"])
 
 
-def test_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same as the command from Python, as the README has it, on fewer epochs."""
+def readme(number: int) -> str:
+    """A Python example of the README, as it stands there."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number]
+
+
+def test_the_readmes_three_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same as the command, from Python; here on fewer images and epochs."""
+    code = readme(0)
+    assert len(code.strip().replace("\n\n", "\n").splitlines()) == 3
+    whole = recipes.piat_nmse
+    monkeypatch.setattr(recipes, "piat_nmse", lambda epsilon: replace(whole(epsilon=epsilon), epochs=1))
+    monkeypatch.setattr("holdfast.setup.load", lambda source, image_size: {"digits": toy()}[source])
     monkeypatch.chdir(tmp_path)
-    from holdfast import fit, recipes
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    run = scope["run"]
+    assert run.path == Path("runs/mine")
+    assert capsys.readouterr().out == f"{run.summary['robust_accuracy']} {run.summary['interval']}\n"
+    x = torch.rand(3, 1, 8, 8)
+    assert torch.equal(holdfast.load_model("runs/mine")(x), run.model()(x))
 
-    run = fit(replace(recipes.piat_nmse(epsilon=0.2), epochs=1), "digits", model_options={"width": 4})
-    print(run.summary["robust_accuracy"], run.model()(torch.rand(1, 1, 8, 8)).argmax(1))
 
-    assert run.path.parent == Path("runs")
-    assert 0 <= run.summary["robust_accuracy"] <= 1
-
-
-def test_ten_lines_of_a_loop_of_ones_own() -> None:
-    """The step in a person's own loop; it equals what `fit` does."""
-    from holdfast import AdversarialStep, Batch, Progress, recipes
-
+def test_the_readmes_loop_of_ones_own() -> None:
+    """The step in a person's own loop, in ten lines; the loss falls."""
+    code = readme(1)
+    assert len(code.strip().replace("\n\n", "\n").splitlines()) <= 10
     data, model = toy().train, tiny_net()
     x, y = to_pixels(data.pixels), data.labels
-    step = AdversarialStep(recipes.pgd_at(epsilon=0.1), model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    losses = []
-    for number in range(12):
-        rows = torch.randperm(len(y), generator=torch.Generator().manual_seed(number))[:16]
-        terms = step(Batch(x[rows], y[rows], index=rows), Progress(step=number))
-        terms["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(terms["loss"].item())
-    assert sum(losses[-3:]) < sum(losses[:3])
+    orders = [torch.randperm(72, generator=torch.Generator().manual_seed(number))[:32] for number in range(40)]
+    losses: list[float] = []
+
+    class Batches(list[Any]):
+        def __iter__(self) -> Any:
+            for batch in super().__iter__():
+                yield batch
+                losses.append(float(scope["terms"]["loss"]))
+
+    scope: dict[str, Any] = {"model": model, "batches": Batches((x[rows], y[rows], rows) for rows in orders)}
+    exec(code, scope)
+    assert len(losses) == 40
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 # ------------------------------------------------------------------------------------------------ small things

@@ -331,7 +331,7 @@ def started(folder: Path, out: Path) -> subprocess.Popen[str]:
     words += ["--training.validation_steps", 2, "--training.test_steps", 2, "--attack.steps", 2]
     words += ["--out", out, *options(folder)]
     return subprocess.Popen(
-        [sys.executable, "-m", "holdfast.cli.main", *map(str, words)],
+        [sys.executable, "-m", "holdfast", *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -341,7 +341,7 @@ def started(folder: Path, out: Path) -> subprocess.Popen[str]:
 
 def wait_for(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
     """Look often until something is there."""
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 300
     while not there():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < limit

@@ -74,7 +74,8 @@ class Settings:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        counts = ("validate_every", "validation_images", "test_images", "test_steps", "evaluation_batch", "keep_checkpoints")
+        counts = ("validate_every", "validation_images", "test_images", "test_steps", "evaluation_batch")
+        counts += ("keep_checkpoints",)
         for name, least in (*((name, 1) for name in counts), ("validation_steps", 0), ("padding", 0)):
             value = getattr(self, name)
             if value is None and name in ("test_images", "padding"):
@@ -218,13 +219,16 @@ def told(
 ) -> list[str]:
     """What the person is told before training begins."""
     height, width = dataset.image_size
+    how = f"{recipe.epochs} epochs, batch {batch_size}, {settings.precision} on {device}"
     notes = [
         f"{recipe.name} on {dataset.name}: {len(training)} training, {len(validation)} validation, {len(dataset.test)}"
         f" test images of {height}x{width}, {dataset.num_classes} classes; {recipe.threat.norm} at"
-        f" {readable(recipe.threat.epsilon)}; {recipe.epochs} epochs, batch {batch_size}, {settings.precision} on {device}"
+        f" {readable(recipe.threat.epsilon)}; {how}"
     ]
     if batch_size < recipe.batch_size:
         notes.append(f"batch size lowered from {recipe.batch_size} to {batch_size}: there are no more training images")
+    if recipe.objective.couples_batch and distributed.active():
+        notes.append("a loss term compares the rows of a batch: each process compares its own share only")
     return notes
 
 

@@ -49,7 +49,7 @@ def test_fashion_is_told_by_the_folder_name(tmp_path, place):
     data = idx.read(write(tmp_path / place))
     assert data.classes[0] == "T-shirt/top"
     assert data.classes[9] == "Ankle boot"
-    assert data.flip
+    assert not data.flip
     assert data.name == place.split("/")[0]
 
 

@@ -51,9 +51,9 @@ def test_wide_count_derived_by_hand(name: str, n: int, channels: int, classes: i
 
 def test_small_cnn_count_derived_by_hand() -> None:
     w = 32
-    convolutions = 9 * (3 * w + w * w + w * 2 * w + 2 * w * 2 * w + 2 * w * 4 * w)
-    norms = 2 * (w + w + 2 * w + 2 * w + 4 * w)
-    assert trainable(build("small_cnn", num_classes=10)) == convolutions + norms + 4 * w * 10 + 10
+    convolutions = 9 * (3 * w + w * 2 * w + 2 * w * 4 * w + 4 * w * 4 * w + 4 * w * 8 * w)
+    norms = 2 * (w + 2 * w + 4 * w + 4 * w + 8 * w)
+    assert trainable(build("small_cnn", num_classes=10)) == convolutions + norms + 4 * 4 * 8 * w * 10 + 10
 
 
 def test_small_vit_count_derived_by_hand() -> None:

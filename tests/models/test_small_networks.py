@@ -16,15 +16,21 @@ from holdfast.models.weight_init import initialize_convolutional
 
 
 @pytest.mark.parametrize(
-    ("size", "sides"),
-    [((8, 8), (2, 2)), ((16, 16), (4, 4)), ((17, 17), (3, 3)), ((28, 28), (4, 4)), ((16, 32), (4, 8))],
+    ("size", "first", "last"),
+    [
+        ((8, 8), (8, 8), (2, 2)),
+        ((16, 16), (16, 16), (4, 4)),
+        ((17, 17), (9, 9), (3, 3)),
+        ((28, 28), (14, 14), (4, 4)),
+        ((16, 32), (16, 32), (4, 8)),
+    ],
 )
-def test_small_cnn_strides_follow_the_image_size(size: tuple[int, int], sides: tuple[int, int]) -> None:
+def test_small_cnn_strides_follow_the_image_size(size: tuple[int, int], first: tuple[int, int], last: tuple) -> None:
     model = SmallCNN(10, channels=1, image_size=size, width=4).eval()
     with tapped(model, ["layer1", "layer5"]) as features:
         model(torch.rand(1, 1, *size))
-    assert features["layer1"].shape == (1, 4, *size)
-    assert features["layer5"].shape == (1, 16, *sides)
+    assert features["layer1"].shape == (1, 4, *first)
+    assert features["layer5"].shape == (1, 32, *last)
 
 
 def test_small_cnn_refuses_tiny_images() -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from holdfast.recipe import Recipe
 
 EPSILON = 0.2
-EPOCHS = {"standard": 15, "pgd_at": 20, "piat_nmse": 30}
+EPOCHS = {"standard": 10, "pgd_at": 20, "piat_nmse": 25}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -63,7 +63,7 @@ def demo_recipe(name: str) -> Recipe:
         RECIPES[name](epsilon=EPSILON),
         epochs=EPOCHS[name],
         batch_size=64,
-        optimizer=SGD(learning_rate=0.2, weight_decay=5e-4),
+        optimizer=SGD(learning_rate=0.1, weight_decay=5e-4),
         schedule=piecewise_linear((0, 1), (0.5, 1), (0.75, 0.1), (1, 0.01)),
     )
 

@@ -127,7 +127,7 @@ def _one_line(message: str) -> str:
     value = re.search(r"(?:Got|Given) value: ([^\n]*)", message)
     if key and kinds and value:
         names = {"collections.abc.Sequence": "list", "collections.abc.Mapping": "schedule", "NoneType": "null"}
-        expected = " or ".join(names.get(kind, kind).removeprefix("typing.") for kind in kinds)
+        expected = " or ".join(str(names.get(kind, kind)).removeprefix("typing.") for kind in kinds)
         return f"--{key.group(1)} {value.group(1).strip()!r} is no {expected}: see `holdfast train RECIPE --help`"
     if key and value:
         return f"--{key.group(1)} cannot be {value.group(1).strip()!r}: see `holdfast train RECIPE --help`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ def run(argv: Sequence[str]) -> int:
         model_options=model,
         display=Display() if asked.quiet else LiveDisplay(),
     )
-    if int(__import__("os").environ.get("RANK", "0")) == 0:
+    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun one process speaks
         report(finished, as_json=asked.json)
     return 0
 

@@ -35,8 +35,8 @@ class GlobalAveragePool(nn.Module):
     """Mean over all positions, keeping them as 1x1.
 
     The same numbers as `nn.AdaptiveAvgPool2d(1)`. That one's gradient comes out NCHW, after which the elementwise
-    gradients of a channels-last network run unvectorised; measured on two cores, a ReLU and this pooling take a third to
-    a half of the time forward and backward.
+    gradients of a channels-last network run unvectorised; measured on two cores, a ReLU and this pooling together take
+    a third to a half of the time.
 
     Shapes:
         x: (B, C, H, W). Returns (B, C, 1, 1).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MODELS: dict[str, str] = {
-    "small_cnn": "four convolutions with BatchNorm, for 8x8 to 32x32 images and laptops (option: width)",
+    "small_cnn": "five convolutions with BatchNorm, for 8x8 to 32x32 images and laptops (option: width)",
     "resnet18": "ResNet-18 with a 3x3 stem, 11.2 M parameters (option: width)",
     "preact_resnet18": "pre-activation ResNet-18 with a 3x3 stem, 11.2 M parameters (option: width)",
     "wrn_28_10": "wide ResNet, 4 blocks a group, 10 times as wide, 36.5 M parameters (option: dropout)",

@@ -11,7 +11,7 @@ from holdfast import distributed
 from holdfast.errors import HoldfastError
 
 if TYPE_CHECKING:
-    from holdfast.train import Loop
+    from holdfast.loop import Loop
 
 FORMAT = 1
 

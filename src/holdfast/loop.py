@@ -1,0 +1,366 @@
+"""The training loop: the objects that change, and the order in which they do."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast import distributed
+from holdfast.attacks.pgd import PGD
+from holdfast.averages.reestimation import reestimate_statistics
+from holdfast.data.loader import Loader
+from holdfast.evaluation.accuracy import Evaluation, evaluate
+from holdfast.forward import Batch, View
+from holdfast.interruption import Interrupted, Interruption
+from holdfast.progress_display import Display
+from holdfast.recipe import Recipe
+from holdfast.runs.checkpoint import load_checkpoint, save_checkpoint
+from holdfast.runs.export import load_model, save_model
+from holdfast.runs.folder import RunFolder
+from holdfast.runs.state import epoch_state, restore
+from holdfast.schedule import Progress, value_at
+from holdfast.setup import Setup
+from holdfast.step import AdversarialStep, Step, not_finite
+
+LOOK_EVERY = 20  # steps between looks at the sums on an accelerator: each look makes it wait
+
+
+class Loop:
+    """One run in progress: the objects that change, and the order in which they do."""
+
+    def __init__(self, setup: Setup, folder: RunFolder, display: Display, interruption: Interruption) -> None:
+        self.setup, self.recipe, self.settings = setup, setup.recipe, setup.settings
+        self.folder, self.display, self.interruption = folder, display, interruption
+        self.loader: Loader = setup.loader
+        self.evaluated = copy.deepcopy(setup.model)  # validation runs here, eagerly, in evaluation mode
+        self.evaluated.eval().requires_grad_(False)
+        self.model = setup.model
+        make = self.recipe.step or AdversarialStep
+        self.step: Step = make(
+            self.recipe,
+            self.model,
+            precision=setup.precision,
+            check_finite=setup.device.type == "cpu",
+        )
+        self.module: nn.Module = self.step  # type: ignore[assignment]  # a step is a module; the protocol cannot say so
+        self.module.to(setup.device)
+        self.optimizers = list(self.step.optimizers())
+        if self.settings.compile:
+            self.model.compile(**({} if self.settings.compile is True else {"backend": self.settings.compile}))
+        self.run_step = self._distributed() if distributed.active() else self.step
+        self.steps_per_epoch = len(self.loader) * self.step.replays
+        self.warmup_steps = round(self.recipe.warmup * self.recipe.epochs * self.steps_per_epoch)
+        self.epoch = self.position = self.lines = 0
+        self.sums: dict[str, list[Any]] = {}
+        self.measured: dict[str, float] = {}
+        self.best: dict[str, Any] | None = None
+        self.seconds = self.epoch_began = 0.0
+        self.clock = self.saved_at = time.monotonic()
+
+    def _distributed(self) -> Step:
+        unused = any(
+            True for part in ("objective", "networks") for _ in getattr(self.module, part, nn.Module()).parameters()
+        )
+        return nn.parallel.DistributedDataParallel(  # type: ignore[return-value]  # called like the step it wraps
+            self.module,
+            device_ids=[self.setup.device.index] if self.setup.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            find_unused_parameters=unused,
+        )
+
+    # ---------------------------------------------------------------- the run
+
+    def run(self) -> dict[str, Any]:
+        """All epochs, then the closing evaluation. Returns the summary."""
+        newest = self.folder.latest
+        if newest is not None:
+            restore(self, load_checkpoint(newest))
+            self.display.say(f"going on after epoch {self.epoch}, step {self.position} of {len(self.loader)}")
+        else:
+            for average in self.recipe.averages:
+                average.start(self.model)
+        self.folder.cut_metrics(self.lines)
+        done = self.progress().step
+        self.display.start(self.recipe.epochs * self.steps_per_epoch, done, self.loader.batch_size)
+        while self.epoch < self.recipe.epochs:
+            self.one_epoch()
+        self.display.stop()
+        return self.close()
+
+    def progress(self, replay: int = 0) -> Progress:
+        """Where the run stands."""
+        step = self.epoch * self.steps_per_epoch + self.position * self.step.replays + replay
+        here = Progress(
+            epoch=self.epoch,
+            step=step,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=self.recipe.epochs,
+            warmup_steps=self.warmup_steps,
+            replay=replay,
+            measured=self.measured,
+            seed=self.setup.seed,
+        )
+        return replace(here, stage=self.recipe.schedule.stage(here.fraction))
+
+    def one_epoch(self) -> None:
+        """The rest of the current epoch, from wherever the last checkpoint left it."""
+        if self.position == 0:
+            self.sums = {}
+            self.epoch_began = self.seconds
+            self.measured = self.measure()
+        for batch in self.loader.batches(self.epoch, self.position):
+            for replay in range(self.step.replays):
+                self.one_step(batch, self.progress(replay))
+            self.position += 1
+            self.pause()
+        self.end_epoch()
+
+    def one_step(self, batch: Batch, progress: Progress) -> None:
+        """Forward, backward, optimisers, averages."""
+        set_hyperparameters(self.optimizers, self.recipe, progress)
+        terms = self.run_step(batch, progress)
+        terms["loss"].backward()
+        self.step.after_backward(progress)
+        if self.recipe.gradient_clip is not None:
+            trained = [p for group in self.optimizers for g in group.param_groups for p in g["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, self.recipe.gradient_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for average in self.recipe.averages:
+            average.after_step(self.model, progress)
+        for name, term in terms.items():
+            total = self.sums.setdefault(name, [torch.zeros((), dtype=torch.float64, device=term.device), 0])
+            total[0] += term.detach()
+            total[1] += 1
+        look = self.setup.device.type == "cpu" or progress.step % LOOK_EVERY == 0
+        self.display.step(self.epoch + 1, self.look(terms) if look else None)
+
+    def look(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
+        """The terms as numbers. Sums keep a NaN, so a look now and then misses none."""
+        for name, (total, _) in self.sums.items():
+            if not math.isfinite(float(total)):
+                raise not_finite(name)
+        return {name: float(term.detach()) for name, term in terms.items()}
+
+    def check_weights(self) -> None:
+        """Refuse to keep weights that a step with a finite loss has made NaN or infinite.
+
+        Raises:
+            NonFiniteLoss: what was saved before is left as it is.
+        """
+        if not bool(torch.stack([weight.isfinite().all() for weight in self.module.parameters()]).all()):
+            raise not_finite("gradient")
+
+    def pause(self) -> None:
+        """Stop if asked to, and save now and then."""
+        due = time.monotonic() - self.saved_at > 60 * self.settings.checkpoint_minutes
+        if distributed.active():
+            if self.position % 10 and self.position < len(self.loader):
+                return
+            flags = distributed.total(
+                torch.tensor([float(self.interruption.asked), float(due)], device=self.setup.device)
+            )
+            asked, due = bool(flags[0] > 0), bool(flags[1] > 0)
+        else:
+            asked = self.interruption.asked
+        if (asked or due) and self.position < len(self.loader):
+            self.check_weights()
+            self.save()
+            if asked:
+                raise Interrupted(self.folder.path)
+
+    # -------------------------------------------------------- an epoch's end
+
+    def end_epoch(self) -> None:
+        """Equal buffers, averages, validation, best, metrics, checkpoint: in this order."""
+        self.look({})
+        self.check_weights()
+        distributed.average_buffers(self.model)
+        if isinstance(self.step, AdversarialStep):
+            distributed.average_buffers(self.step.networks)
+            self.step.objective.merge_over_processes()
+        self.position -= 1
+        progress = self.progress(self.step.replays - 1)  # of the last step
+        self.position += 1
+        for average in self.recipe.averages:
+            distributed.average_in_place([t for t in (average.exported() or {}).values() if t.is_floating_point()])
+            average.after_epoch(self.model, progress)
+            if average.reestimate is not None:
+                self.reestimate(average, progress)
+        line = self.metrics_line(progress)
+        last = self.epoch + 1 == self.recipe.epochs
+        if (self.epoch + 1) % self.settings.validate_every == 0 or last:
+            self.load_exported()
+            found = self.evaluation(self.setup.validation, self.settings.validation_steps, None)
+            line["validation"] = found.as_dict()
+            self.keep_if_best(found)
+        line["seconds_left"] = self.time_left()
+        self.folder.append_metrics(line)
+        self.lines += 1
+        self.epoch, self.position = self.epoch + 1, 0
+        if last:
+            self.export("last")
+        self.display.epoch(line, self.recipe.epochs)
+        self.save()
+        if self.agreed_to_stop() and not last:
+            raise Interrupted(self.folder.path)
+
+    def agreed_to_stop(self) -> bool:
+        """Whether any process was asked to stop."""
+        return bool(distributed.total(torch.tensor(float(self.interruption.asked), device=self.setup.device)) > 0)
+
+    def metrics_line(self, progress: Progress) -> dict[str, Any]:
+        """The epoch's means, over all processes."""
+        means = {name: (total / count).reshape(1) for name, (total, count) in self.sums.items()}
+        distributed.average_in_place(list(means.values()))
+        now = time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        spent = self.seconds - self.epoch_began  # what came before a checkpoint inside the epoch included
+        images = self.steps_per_epoch * self.loader.batch_size
+        line = {
+            "epoch": self.epoch + 1,
+            "step": progress.step + 1,
+            "learning_rate": self.optimizers[0].param_groups[0]["lr"],
+            "terms": {name: float(value) for name, value in means.items()},
+        }
+        if self.measured:
+            line["measured"] = dict(self.measured)
+        return {**line, "seconds": spent, "images_per_second": images / max(spent, 1e-9)}
+
+    def time_left(self) -> float:
+        """Seconds that the remaining epochs will take, validation included, if they take as long as those so far."""
+        per_epoch = (self.seconds + time.monotonic() - self.clock) / (self.epoch + 1)
+        return per_epoch * (self.recipe.epochs - self.epoch - 1)
+
+    def keep_if_best(self, found: Evaluation) -> None:
+        """Keep the exported weights if they are the best by robust, then clean accuracy; ties keep the first."""
+        robust = found.robust if self.recipe.attack is not None else None  # standard training is not chosen by noise
+        count = [found.clean if robust is None else robust, found.clean]
+        if self.best is None or count > self.best["count"]:
+            self.best = {"epoch": self.epoch + 1, "count": count, "validation": found.as_dict()}
+            self.export("model")
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        self.seconds += time.monotonic() - self.clock
+        self.clock = time.monotonic()
+        state = epoch_state(self)
+        if distributed.rank() == 0:
+            step = self.epoch * self.steps_per_epoch + self.position * self.step.replays
+            save_checkpoint(self.folder.path, step, state, keep=self.settings.keep_checkpoints)
+        distributed.barrier()
+        self.saved_at = time.monotonic()
+
+    # ----------------------------------------------- measuring and exporting
+
+    def measure(self) -> dict[str, float]:
+        """What the objective wants to know at the epoch's start; the same on every process."""
+        objective = getattr(self.step, "objective", None)
+        measures = getattr(objective, "measures", ())
+        view = View(self.model)
+        whole = replace(self.loader, rank=0, world=1)
+        found = {}
+        for measure in measures:
+            wanted = math.ceil(measure.images / self.loader.batch_size)
+            batches = (batch for _, batch in zip(range(wanted), whole.batches(self.epoch), strict=False))
+            found[measure.name] = float(measure.measure(view, batches))
+        return found
+
+    def exported(self) -> Mapping[str, Tensor]:
+        """The weights of the last average that exports any, else the model's own."""
+        for average in reversed(self.recipe.averages):
+            state = average.exported()
+            if state is not None:
+                return state
+        return self.model.state_dict()
+
+    def load_exported(self) -> None:
+        self.evaluated.load_state_dict(dict(self.exported()))
+
+    def reestimate(self, average: Any, progress: Progress) -> None:
+        """Measure BatchNorm's running statistics anew for what an average wrote or exports."""
+        state = average.exported() or self.model.state_dict()
+        self.evaluated.load_state_dict(dict(state))
+
+        def images(batch: Batch) -> Tensor:
+            if average.reestimate == "clean" or self.recipe.attack is None:
+                return batch.x
+            own = AdversarialStep(self.recipe, self.evaluated, check_finite=False)
+            return own.find(batch, self.recipe.objective, progress).x_adv
+
+        reestimate_statistics(self.evaluated, self.loader.batches(self.epoch), images)
+        for name, buffer in self.evaluated.named_buffers():
+            if name in state:  # what a model does not save is not re-estimated
+                state[name].copy_(buffer)
+
+    def evaluation(self, images: Any, steps: int, n: int | None) -> Evaluation:
+        """Clean accuracy and PGD of the weights that are loaded for evaluation."""
+        attack = PGD(steps=steps, early_stop=0) if steps else None
+        return evaluate(
+            self.evaluated,
+            images,
+            threat=self.recipe.threat,
+            attack=attack,
+            n=n,
+            batch_size=self.settings.evaluation_batch,
+            autocast=self.setup.precision if images is self.setup.validation else "fp32",
+            tick=self.tick if images is not self.setup.validation else None,
+        )
+
+    def tick(self, count: int) -> None:
+        """So many more images of the closing evaluation are done; stopped here, a run has only that to repeat."""
+        self.display.advance(count)
+        if self.interruption.asked and not distributed.active():
+            raise Interrupted(self.folder.path)
+
+    def export(self, name: str) -> None:
+        """Write the exported weights as a model folder."""
+        if distributed.rank() == 0:
+            validation = self.best["validation"] if name == "model" and self.best else None
+            epoch = self.best["epoch"] if name == "model" and self.best else self.epoch
+            save_model(
+                self.folder.path / name,
+                self.exported(),
+                {**self.setup.description, "epoch": epoch, "validation": validation},
+            )
+        distributed.barrier()
+
+    def close(self) -> dict[str, Any]:
+        """Evaluate best and last on the test set, which has chosen nothing, and write the summary."""
+        assert self.best is not None  # the last epoch is always validated
+        results: dict[str, Any] = {}
+        for name, epoch in (("best", self.best["epoch"]), ("last", self.recipe.epochs)):
+            if name == "last" and epoch == self.best["epoch"]:
+                results[name] = dict(results["best"])
+                continue
+            folder = self.folder.path / ("model" if name == "best" else "last")
+            trained = load_model(folder, model=self.evaluated)
+            self.evaluated = trained.to(self.setup.device)
+            n = min(self.settings.test_images or len(self.setup.data.test), len(self.setup.data.test))
+            self.display.work(f"evaluating {name} (PGD-{self.settings.test_steps})", n)
+            found = self.evaluation(self.setup.test, self.settings.test_steps, n)
+            results[name] = {"epoch": epoch, **found.as_dict()}
+        self.display.stop()
+        summary = self.setup.summary(results, round(self.seconds, 1))
+        self.folder.write_summary(summary)
+        distributed.barrier()
+        return summary
+
+
+def set_hyperparameters(optimizers: Sequence[torch.optim.Optimizer], recipe: Recipe, progress: Progress) -> None:
+    """Give the optimisers the learning rate, momentum and weight decay of this step."""
+    settings = recipe.optimizer
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * recipe.schedule(progress)
+            if "momentum" in group:
+                group["momentum"] = value_at(settings.momentum, progress)
+            group["weight_decay"] = value_at(settings.weight_decay, progress)

@@ -1,0 +1,65 @@
+"""The real compiler, on a network small enough to compile in seconds. `test_every_objective.py` compiles all of them
+without it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from conftest import small_batch, small_network
+from parts import MAKE_OBJECTIVE, OneWeightStep, small_recipe
+
+from holdfast.schedule import Progress
+from holdfast.step import AdversarialStep
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler"),
+    # torch's own compiler touches a deprecated numpy or torch interface, depending on their versions
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "views"),
+    [("adversarial_training", ()), ("normalized_mse", ()), ("normalized_mse", (OneWeightStep(),))],
+    ids=["pgd_at", "nmse", "nmse under a weight search"],
+)
+def test_compiled_trains_as_eager_does(name: str, views: tuple) -> None:
+    batch = small_batch()
+
+    def losses(compiled: bool) -> list[float]:
+        torch._dynamo.reset()
+        network = small_network()
+        step = AdversarialStep(small_recipe(MAKE_OBJECTIVE[name](), views=views), network)
+        if compiled:
+            network.compile()
+        (optimizer,) = step.optimizers()
+        found = []
+        for number in range(4):
+            loss = step(batch, Progress(step=number, epochs=4))["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-4)
+
+
+def test_one_graph_for_each_use_and_none_for_later_steps() -> None:
+    """Attack and outer step need a graph each; steps after the first compile nothing, or speed would be lost silently."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    network, batch = small_network(), small_batch()
+    step = AdversarialStep(small_recipe(MAKE_OBJECTIVE["normalized_mse"]()), network)
+    network.compile()
+    graphs = []
+    for number in range(3):
+        step(batch, Progress(step=number, epochs=3))["loss"].backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] <= 3
+    assert graphs[0] == graphs[1] == graphs[2]
+    assert not torch._dynamo.utils.counters["graph_break"]
