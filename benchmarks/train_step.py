@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from holdfast.compilation import compile_in_place
 from holdfast.forward import Batch
 from holdfast.models.factory import build
 from holdfast.recipes import pgd_at
@@ -64,7 +65,7 @@ def holdfast_step(model: nn.Module, x: Tensor, y: Tensor, precision: str, compil
     model = model.to(memory_format=torch.channels_last)
     x = x.to(memory_format=torch.channels_last)
     if compiled:
-        model.compile()
+        compile_in_place(model)
     training = AdversarialStep(pgd_at(epsilon=EPSILON), model, precision=precision, check_finite=x.device.type == "cpu")
     (optimizer,) = training.optimizers()
     count = iter(range(10**9))
@@ -126,7 +127,9 @@ def main() -> None:
         }
         for name, seconds in times.items()
     }
-    print(f"{asked.model}, {asked.channels}x{asked.image_size}x{asked.image_size}, batch {asked.batch}, PGD-10, {device}")
+    print(
+        f"{asked.model}, {asked.channels}x{asked.image_size}x{asked.image_size}, batch {asked.batch}, PGD-10, {device}"
+    )
     print(f"{'':28}{'median ms':>12}{'fastest ms':>12}{'ratio':>8}")
     for name, row in rows.items():
         print(f"{name:28}{row['median_ms']:12.1f}{row['fastest_ms']:12.1f}{row['ratio_of_medians']:8.2f}")

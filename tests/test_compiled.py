@@ -10,6 +10,7 @@ import torch
 from conftest import small_batch, small_network
 from parts import MAKE_OBJECTIVE, OneWeightStep, small_recipe
 
+from holdfast.compilation import compile_in_place
 from holdfast.schedule import Progress
 from holdfast.step import AdversarialStep
 
@@ -19,6 +20,8 @@ pytestmark = [
     # torch's own compiler touches a deprecated numpy or torch interface, depending on their versions
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    # its tracer looks at .grad of weights that are values (θ + ν), which warns and does no harm
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]
 
 
@@ -35,7 +38,7 @@ def test_compiled_trains_as_eager_does(name: str, views: tuple) -> None:
         network = small_network()
         step = AdversarialStep(small_recipe(MAKE_OBJECTIVE[name](), views=views), network)
         if compiled:
-            network.compile()
+            compile_in_place(network)
         (optimizer,) = step.optimizers()
         found = []
         for number in range(4):
@@ -55,11 +58,11 @@ def test_one_graph_for_each_use_and_none_for_later_steps() -> None:
     torch._dynamo.utils.counters.clear()
     network, batch = small_network(), small_batch()
     step = AdversarialStep(small_recipe(MAKE_OBJECTIVE["normalized_mse"]()), network)
-    network.compile()
+    compile_in_place(network, backend="aot_eager")
     graphs = []
     for number in range(3):
         step(batch, Progress(step=number, epochs=3))["loss"].backward()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] <= 3
+    assert 2 <= graphs[0] <= 3
     assert graphs[0] == graphs[1] == graphs[2]
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -119,7 +119,7 @@ def test_states_its_cost(name: str) -> None:
     forwards: list[int] = []
     network.register_forward_hook(lambda *_: forwards.append(1))
     attack = MAKE_ATTACK[name]()
-    attack(View(network), batch, lambda f: cross_entropy(f, batch.y) , threat=Linf(0.0), progress=Progress())
+    attack(View(network), batch, lambda f: cross_entropy(f, batch.y), threat=Linf(0.0), progress=Progress())
     restarts = getattr(attack, "restarts", 1)
     backwards = len(forwards) - (restarts if restarts > 1 else 0)
     stopped = getattr(attack, "early_stop", None) is not None

@@ -10,6 +10,7 @@ from conftest import small_batch, small_network
 from parts import MAKE_OBJECTIVE, MAKE_VIEWS, small_recipe
 
 from holdfast.attacks.pgd import PGD
+from holdfast.compilation import compile_in_place
 from holdfast.components import OBJECTIVES
 from holdfast.configuration import build_recipe, recipe_config
 from holdfast.forward import Attacked, Batch, Forward, View
@@ -138,7 +139,7 @@ def test_compiled_equals_eager(name: str, backend: str) -> None:
         network = small_network()
         step = AdversarialStep(small_recipe(MAKE_OBJECTIVE[name](), attack=attack), network)
         if compiled:
-            network.compile(backend=backend)
+            compile_in_place(network, backend=backend)
         (optimizer,) = step.optimizers()
         found = []
         for number in range(3):
@@ -147,6 +148,7 @@ def test_compiled_equals_eager(name: str, backend: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             found.append(loss.item())
+        assert not compiled or torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
         return found
 
     assert losses(True) == pytest.approx(losses(False), rel=1e-5)

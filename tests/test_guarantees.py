@@ -172,7 +172,9 @@ def test_5_a_term_that_is_not_finite_is_named(network: nn.Module, batch: Batch, 
 
 def test_6_scalars_may_be_schedules(network: nn.Module, batch: Batch) -> None:
     strength = linear(0.0, 4.0)
-    recipe = small_recipe(NormalizedMSE(strength=strength), attack=PGD(steps=1, step_size=linear(0.0, 0.1), random_start=False))
+    recipe = small_recipe(
+        NormalizedMSE(strength=strength), attack=PGD(steps=1, step_size=linear(0.0, 0.1), random_start=False)
+    )
     step = AdversarialStep(recipe, network)
     off, half = step(batch, Progress(step=0, epochs=2)), step(batch, Progress(step=1, epochs=2))
     assert "nmse" not in off, "the clean forward of a term of strength 0 was paid for"
@@ -190,7 +192,9 @@ def test_7_noise_belongs_to_the_image_not_to_the_batch(network: nn.Module) -> No
 
     def search(rows: torch.Tensor, progress: Progress = progress) -> torch.Tensor:
         part = Batch(batch.x[rows], batch.y[rows], None, batch.rows[rows])
-        return attack(View(network), part, lambda f: cross_entropy(f, part.y), threat=Linf(0.1), progress=progress).x_adv
+        return attack(
+            View(network), part, lambda f: cross_entropy(f, part.y), threat=Linf(0.1), progress=progress
+        ).x_adv
 
     whole = search(torch.arange(9))
     for rows in (torch.tensor([8, 3, 0]), torch.arange(9).flip(0), torch.tensor([4])):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from holdfast import distributed
 from holdfast.attacks.pgd import PGD
 from holdfast.averages.reestimation import reestimate_statistics
+from holdfast.compilation import compile_in_place
 from holdfast.data.loader import Loader
 from holdfast.evaluation.accuracy import Evaluation, evaluate
 from holdfast.forward import Batch, View
@@ -53,7 +54,7 @@ class Loop:
         self.module.to(setup.device)
         self.optimizers = list(self.step.optimizers())
         if self.settings.compile:
-            self.model.compile(**({} if self.settings.compile is True else {"backend": self.settings.compile}))
+            compile_in_place(self.model, "inductor" if self.settings.compile is True else self.settings.compile)
         self.run_step = self._distributed() if distributed.active() else self.step
         self.steps_per_epoch = len(self.loader) * self.step.replays
         self.warmup_steps = round(self.recipe.warmup * self.recipe.epochs * self.steps_per_epoch)

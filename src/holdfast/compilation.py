@@ -1,0 +1,33 @@
+"""Compiling a network in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def compile_in_place(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile a network's calls without renaming its parameters.
+
+    `nn.Module.compile` does the same, but silently compiles nothing where the outermost module is one of torch's own
+    containers (an `nn.Sequential`, for example), because torch's files are not traced as the outermost frame. Here the
+    outermost frame is ours.
+
+    Args:
+        model: Changed in place.
+        backend: A backend of `torch.compile`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> compile_in_place(model, backend="eager")
+        >>> [name for name, _ in model.named_parameters()]
+        ['0.weight', '0.bias']
+    """
+    call = model._call_impl
+
+    def outermost(*arguments: Any, **keywords: Any) -> Any:
+        return call(*arguments, **keywords)
+
+    model._compiled_call_impl = torch.compile(outermost, backend=backend)  # type: ignore[assignment]  # what Module.compile sets
