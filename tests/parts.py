@@ -20,7 +20,7 @@ from holdfast.schedule import Progress
 from holdfast.threat import Linf
 from holdfast.views.base import Search
 
-MAKE_OBJECTIVE: dict[str, Callable[[], Objective]] = {name: kind for name, kind in OBJECTIVES.items()}
+MAKE_OBJECTIVE: dict[str, Callable[[], Objective]] = {**OBJECTIVES}
 MAKE_ATTACK: dict[str, Callable[[], Any]] = {
     **ATTACKS,
     "pgd, batch": lambda: PGD(steps=3, statistics="batch"),

@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import small_batch, small_network
-from parts import MAKE_OBJECTIVE, OneWeightStep, small_recipe
 
+from conftest import small_batch, small_network
 from holdfast.compilation import compile_in_place
 from holdfast.schedule import Progress
 from holdfast.step import AdversarialStep
+from parts import MAKE_OBJECTIVE, OneWeightStep, small_recipe
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,7 +53,7 @@ def test_compiled_trains_as_eager_does(name: str, views: tuple) -> None:
 
 
 def test_one_graph_for_each_use_and_none_for_later_steps() -> None:
-    """Attack and outer step need a graph each; steps after the first compile nothing, or speed would be lost silently."""
+    """Attack and outer step need a graph each; later steps compile nothing, or speed would be lost silently."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     network, batch = small_network(), small_batch()

@@ -23,7 +23,7 @@ from holdfast.errors import HoldfastError
 from holdfast.forward import Forward
 from holdfast.interruption import Interrupted
 from holdfast.schedule import Progress
-from holdfast.train import Loop
+from holdfast.loop import Loop
 from tiny_runs import (
     FP32,
     FP64,

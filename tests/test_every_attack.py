@@ -6,15 +6,15 @@ import copy
 
 import pytest
 import torch
-from conftest import small_batch, small_network
-from parts import MAKE_ATTACK
 
+from conftest import small_batch, small_network
 from holdfast.components import ATTACKS
 from holdfast.errors import HoldfastError
 from holdfast.forward import Batch, View
 from holdfast.functional import cross_entropy, margin
 from holdfast.schedule import Progress
 from holdfast.threat import L1, L2, Linf
+from parts import MAKE_ATTACK
 
 EVERY = pytest.mark.parametrize("name", MAKE_ATTACK)
 BALLS = pytest.mark.parametrize("threat", [Linf(0.1), L2(0.8)], ids=str)

@@ -6,9 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import small_batch, small_network
-from parts import MAKE_OBJECTIVE, MAKE_VIEWS, small_recipe
 
+from conftest import small_batch, small_network
 from holdfast.attacks.pgd import PGD
 from holdfast.compilation import compile_in_place
 from holdfast.components import OBJECTIVES
@@ -16,6 +15,7 @@ from holdfast.configuration import build_recipe, recipe_config
 from holdfast.forward import Attacked, Batch, Forward, View
 from holdfast.schedule import Progress
 from holdfast.step import AdversarialStep
+from parts import MAKE_OBJECTIVE, MAKE_VIEWS, small_recipe
 
 PROGRESS = Progress(epoch=1, step=3, steps_per_epoch=2, epochs=4, seed=7)
 EVERY = pytest.mark.parametrize("name", MAKE_OBJECTIVE)

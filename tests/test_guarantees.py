@@ -6,12 +6,11 @@ import itertools
 
 import pytest
 import torch
-from conftest import small_batch, small_network
-from parts import OneWeightStep, small_recipe
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from conftest import small_batch, small_network
 from holdfast.attacks.base import input_gradient
 from holdfast.attacks.pgd import PGD
 from holdfast.errors import HoldfastError, NonFiniteLoss
@@ -23,6 +22,7 @@ from holdfast.objectives.standard import StandardTraining
 from holdfast.schedule import Progress, linear
 from holdfast.step import AdversarialStep
 from holdfast.threat import Linf
+from parts import OneWeightStep, small_recipe
 
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -296,7 +296,7 @@ def test_warm_up_is_clean_and_attacks_nobody(network: nn.Module, batch: Batch) -
 
 
 class CountedFlops(TorchDispatchMode):
-    """Sums torch's own FLOP formulas. (`FlopCounterMode` hooks modules, which autograd.grad on an input cannot take.)"""
+    """Sums torch's own FLOP formulas. (`FlopCounterMode` hooks modules, which autograd.grad cannot take.)"""
 
     total = 0
 

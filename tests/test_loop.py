@@ -32,7 +32,7 @@ from holdfast.runs.folder import RunFolder
 from holdfast.schedule import Progress, Schedule, one_cycle, piecewise, value_at
 from holdfast.setup import prepare
 from holdfast.step import AdversarialStep
-from holdfast.train import Loop
+from holdfast.loop import Loop
 from tiny_runs import FP32, FP64, assert_same, metrics, newest_checkpoint, tiny_net, tiny_recipe, toy, weights
 
 STEPS = 4  # of an epoch: 65 images in batches of 16

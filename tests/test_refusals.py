@@ -26,7 +26,7 @@ from holdfast.interruption import Interrupted
 from holdfast.recipe import SGD
 from holdfast.runs.checkpoint import checkpoints
 from holdfast.runs.files import write_json
-from holdfast.train import Loop
+from holdfast.loop import Loop
 from tiny_runs import (
     FP32,
     NET,

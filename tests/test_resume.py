@@ -23,7 +23,7 @@ from holdfast.objectives.base import Measurement
 from holdfast.recipe import SGD, Recipe
 from holdfast.runs.checkpoint import checkpoints
 from holdfast.schedule import Schedule
-from holdfast.train import Loop
+from holdfast.loop import Loop
 from tiny_runs import (
     FP32,
     NET,

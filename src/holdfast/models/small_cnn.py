@@ -68,7 +68,7 @@ class SmallCNN(ImageClassifier):
         self.layer3 = _layer(2 * width, 4 * width, stride=2)
         self.layer4 = _layer(4 * width, 4 * width)
         self.layer5 = _layer(4 * width, 8 * width, stride=2)
-        self.grid = tuple(min(4, -(-side // (4 * first))) for side in image_size)
+        self.grid = (min(4, -(-image_size[0] // (4 * first))), min(4, -(-image_size[1] // (4 * first))))
         self.fc = nn.Linear(8 * width * self.grid[0] * self.grid[1], num_classes)
         initialize_convolutional(self)
 
