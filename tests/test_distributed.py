@@ -22,8 +22,8 @@ from holdfast import EMA, Interpolation, NormalizedMSE, distributed, fit
 from holdfast.errors import HoldfastError
 from holdfast.forward import Forward
 from holdfast.interruption import Interrupted
-from holdfast.schedule import Progress
 from holdfast.loop import Loop
+from holdfast.schedule import Progress
 from tiny_runs import (
     FP32,
     FP64,

@@ -26,13 +26,13 @@ from holdfast.errors import HoldfastError
 from holdfast.evaluation.accuracy import Evaluation
 from holdfast.forward import Batch, Forward, View
 from holdfast.functional import cross_entropy, smooth_labels
+from holdfast.loop import Loop
 from holdfast.progress_display import Display, LiveDisplay
 from holdfast.recipe import SGD
 from holdfast.runs.folder import RunFolder
 from holdfast.schedule import Progress, Schedule, one_cycle, piecewise, value_at
 from holdfast.setup import prepare
 from holdfast.step import AdversarialStep
-from holdfast.loop import Loop
 from tiny_runs import FP32, FP64, assert_same, metrics, newest_checkpoint, tiny_net, tiny_recipe, toy, weights
 
 STEPS = 4  # of an epoch: 65 images in batches of 16
@@ -455,14 +455,25 @@ def test_compiled_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network runs in low precision, weights and losses stay in float32, and the loss falls."""
-    kinds: set[torch.dtype] = set()
-    model = tiny_net()
-    watch(monkeypatch, nn.Conv2d, "forward", lambda self, x: kinds.add(torch.get_autocast_dtype("cpu"))
-          if torch.is_autocast_enabled("cpu") else None)  # fmt: skip
+    """Steps and searches run in low precision, verdicts and weights in float32, and the loss falls."""
+    kinds: dict[str, set[torch.dtype]] = {}
+    phases = ["before"]
+
+    def noted(self: nn.Conv2d, x: Tensor) -> None:
+        low = torch.is_autocast_enabled("cpu")
+        kinds.setdefault(phases[-1], set()).add(torch.get_autocast_dtype("cpu") if low else x.dtype)
+
+    watch(monkeypatch, nn.Conv2d, "forward", noted)
+    for name in ("one_step", "end_epoch", "close"):
+        watch(monkeypatch, Loop, name, lambda *rest, name=name: phases.append(name), first=True)
     recipe = tiny_recipe(objective=NormalizedMSE(), averages=(EMA(decay=0.9),), epochs=6)
-    run = fit(recipe, toy(), model, out=tmp_path / "run", settings=replace(FP32, precision="bf16"))
-    assert kinds == {torch.bfloat16}
+    run = fit(recipe, toy(), tiny_net(), out=tmp_path / "run", settings=replace(FP32, precision="bf16"))
+    assert kinds == {
+        "before": {torch.float32},  # the look at the model
+        "one_step": {torch.bfloat16},
+        "end_epoch": {torch.bfloat16, torch.float32},  # low precision searches, float32 decides
+        "close": {torch.float32},
+    }
     assert {tensor.dtype for tensor in weights(run.path).values()} == {torch.float32, torch.int64}
     assert all(bool(tensor.isfinite().all()) for tensor in weights(run.path).values())
     losses = [line["terms"]["loss"] for line in metrics(run.path)]

@@ -23,10 +23,10 @@ from holdfast.data.images import Dataset, Images
 from holdfast.errors import NonFiniteLoss
 from holdfast.forward import Batch
 from holdfast.interruption import Interrupted
+from holdfast.loop import Loop
 from holdfast.recipe import SGD
 from holdfast.runs.checkpoint import checkpoints
 from holdfast.runs.files import write_json
-from holdfast.loop import Loop
 from tiny_runs import (
     FP32,
     NET,

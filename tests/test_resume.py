@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from holdfast import EMA, Interpolation, NormalizedMSE, View, fit
 from holdfast.forward import Attacked, Batch, Forward
 from holdfast.interruption import Interrupted, Interruption
+from holdfast.loop import Loop
 from holdfast.objectives.base import Measurement
 from holdfast.recipe import SGD, Recipe
 from holdfast.runs.checkpoint import checkpoints
 from holdfast.schedule import Schedule
-from holdfast.loop import Loop
 from tiny_runs import (
     FP32,
     NET,

@@ -1,0 +1,55 @@
+"""The README's Python snippets run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import small_network
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def code_lines(snippet: str) -> list[str]:
+    return [line for line in snippet.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def test_training_takes_three_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    """Only the length of the run is shortened, and the folder moved."""
+    import holdfast
+    from holdfast import recipes
+
+    snippet = snippets()[0]
+    assert len(code_lines(snippet)) == 3
+    real = recipes.piat_nmse
+
+    def short(**settings):
+        from dataclasses import replace
+
+        return replace(real(**settings), epochs=1)
+
+    monkeypatch.setattr(recipes, "piat_nmse", short)
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    assert 0 <= float(capsys.readouterr().out.split()[0]) <= 1
+    network = holdfast.load_model(tmp_path / "runs" / "mine")
+    assert network(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_the_step_in_a_loop_of_ones_own_takes_ten_lines() -> None:
+    snippet = snippets()[1]
+    assert len(code_lines(snippet)) <= 10
+    model = small_network()
+    before = [parameter.clone() for parameter in model.parameters()]
+    x, y = torch.rand(12, 1, 8, 8), torch.arange(12) % 5
+    names = {"model": model, "batches": [(x, y, torch.arange(12)), (x, y, torch.arange(12))]}
+    exec(snippet, names)
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert torch.isfinite(names["terms"]["loss"])
