@@ -517,7 +517,7 @@ def test_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert {key: found[key] for key in ("clean_accuracy", "robust_accuracy", "interval", "attack", "n")} == {
             key: told[checkpoint][key] for key in ("clean_accuracy", "robust_accuracy", "interval", "attack", "n")
         }
-        file = run / "evaluations" / f"pgd-2-x1-linf-0.1-toy-{checkpoint}-n24.json"
+        file = run / "evaluations" / f"pgd-2-x1-linf-0.1-step0.025-seed0-toy-{checkpoint}-n24.json"
         assert json.loads(file.read_text()) == found
 
     words = ["evaluate", run, "--steps", 3, "--restarts", 2, "--epsilon", "8/255", "--n", 10, "--out", tmp_path / "e"]
@@ -526,7 +526,9 @@ def test_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (found["n"], found["epsilon"], found["restarts"], found["steps"]) == (10, 8 / 255, 2, 3)
     assert found["attack"] == "PGD-3, 2 restarts, Linf(8/255)"
     assert found["step_size"] == 2 / 255
-    assert [path.name for path in (tmp_path / "e").iterdir()] == ["pgd-3-x2-linf-8_255-toy-best-n10.json"]
+    assert [path.name for path in (tmp_path / "e").iterdir()] == [
+        "pgd-3-x2-linf-8_255-step0.007843-seed0-toy-best-n10.json"
+    ]
     assert command(*words) == 0
     out = capsys.readouterr().out
     assert "95 % Wilson interval" in out

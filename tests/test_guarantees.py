@@ -331,3 +331,80 @@ def test_cost_is_what_the_recipe_states(objective, attack, views, derived: float
     with CountedFlops() as all_of_it:
         step(batch, Progress())["loss"].backward()
     assert all_of_it.total / one.total == pytest.approx(derived, rel=0.02)
+
+
+class Tied(nn.Module):
+    """Two linear layers that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x.flatten(1)).relu()).relu())
+
+
+def test_tied_weights_run_in_both_precisions_and_average_as_one(batch: Batch) -> None:
+    from holdfast.averages.ema import EMA
+
+    for precision in ("fp32", "bf16"):
+        AdversarialStep(small_recipe(), Tied(), precision=precision)(batch, Progress())["loss"].backward()
+    for buffers in ("average", "keep", "clean"):
+        network = Tied()
+        average = EMA(decay=0.5, warm_up=False, buffers=buffers)
+        average.start(network)
+        start = network.first.weight.detach().clone()
+        with torch.no_grad():
+            network.first.weight += 1
+        average.after_step(network, Progress())
+        shadow = average.exported()
+        torch.testing.assert_close(shadow["first.weight"], start + 0.5)
+        torch.testing.assert_close(shadow["second.weight"], start + 0.5)
+
+
+def test_images_without_identity_draw_anew_at_every_step(network: nn.Module, batch: Batch) -> None:
+    nameless = batch._replace(index=None)
+    attack = PGD(steps=0)
+
+    def start(step: int) -> torch.Tensor:
+        found = attack(View(network), nameless, lambda f: f.sum(1), threat=Linf(0.1), progress=Progress(step=step))
+        return found.x_adv
+
+    assert torch.equal(start(3), start(3))
+    assert not torch.equal(start(3), start(4))
+
+
+def test_a_step_refuses_pixels_and_batches_that_cannot_be_meant(network: nn.Module, batch: Batch) -> None:
+    step = AdversarialStep(small_recipe(), network)
+    with pytest.raises(HoldfastError, match="divide by 255"):
+        step(batch._replace(x=batch.x * 255), Progress())
+    with pytest.raises(HoldfastError, match="empty"):
+        step(Batch(batch.x[:0], batch.y[:0]), Progress())
+
+
+def test_a_recipes_label_smoothing_reaches_a_loop_of_ones_own(network: nn.Module, batch: Batch) -> None:
+    from holdfast.functional import smooth_labels
+
+    recipe = small_recipe(AdversarialTraining(), attack=PGD(steps=0, random_start=False), label_smoothing=0.4)
+    given = batch._replace(target=smooth_labels(batch.y, 5, 0.4))
+    bare = AdversarialStep(recipe, small_network())(batch, Progress())["loss"]
+    assert bare == AdversarialStep(recipe, small_network())(given, Progress())["loss"]
+    plain = small_recipe(AdversarialTraining(), attack=PGD(steps=0, random_start=False))
+    assert bare != AdversarialStep(plain, small_network())(batch, Progress())["loss"]
+
+
+def test_a_search_that_fails_is_no_robustness() -> None:
+    """A network with finite logits and NaN gradients: refused, not reported as perfectly robust."""
+    from holdfast.evaluation.accuracy import robust_rows
+
+    class NoGradient(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = x.flatten(1)[:, :5]
+            return z + (z - z.detach()).pow(2).sum(1, keepdim=True).sqrt()
+
+    x = torch.rand(6, 1, 8, 8)
+    y = x.flatten(1)[:, :5].argmax(1)
+    with pytest.raises(HoldfastError, match="nothing can be said of robustness"):
+        robust_rows(NoGradient(), Batch(x, y), PGD(steps=2, random_start=False), Linf(0.3))

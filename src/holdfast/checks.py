@@ -9,12 +9,14 @@ from holdfast.errors import HoldfastError
 from holdfast.forward import Batch, View
 
 
-def check_batch(batch: Batch, num_classes: int) -> None:
-    """Refuse pixels outside [0, 1] and labels outside [0, K).
+def check_batch(batch: Batch, num_classes: int | None = None) -> None:
+    """Refuse an empty batch, pixels outside [0, 1] and labels outside [0, K); without K only negative labels.
 
     Raises:
         HoldfastError: says which, and what to do.
     """
+    if len(batch.y) == 0:
+        raise HoldfastError("the batch is empty: give at least one image")
     low, high = float(batch.x.min()), float(batch.x.max())
     if not (low >= 0 and high <= 1):
         advice = (
@@ -22,6 +24,8 @@ def check_batch(batch: Batch, num_classes: int) -> None:
         )
         raise HoldfastError(f"pixels lie in [{low:g}, {high:g}] instead of [0, 1]: {advice}")
     low_label, high_label = int(batch.y.min()), int(batch.y.max())
+    if num_classes is None:
+        num_classes = high_label + 1
     if low_label < 0 or high_label >= num_classes:
         raise HoldfastError(
             f"labels lie in [{low_label}, {high_label}] but there are {num_classes} classes: count classes from 0 to"

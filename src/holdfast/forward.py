@@ -143,15 +143,17 @@ class View:
         Under autocast the weights of convolutions and linear layers are cast here, once for all steps of the attack:
         autocast keeps no copies of weights without gradient and would cast them at every forward.
         """
-        state = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        state = {name: parameter.detach() for name, parameter in self.model.named_parameters()}  # tied ones once
         state.update({name: tensor.detach() for name, tensor in (self.state or {}).items()})
         device = next(iter(state.values())).device.type if state else "cpu"
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
+            tied = _tied_names(self.model)  # may be read elsewhere in another type: left to autocast
             for prefix, module in self.model.named_modules():
                 if type(module) in _CAST_BY_AUTOCAST:
                     for name, _ in module.named_parameters(prefix, recurse=False):
-                        state[name] = state[name].to(dtype)
+                        if name in state and name not in tied:
+                            state[name] = state[name].to(dtype)
         return replace(self, state=state)
 
     def running(self, statistics: Statistics) -> View:
@@ -161,6 +163,14 @@ class View:
 
 Views = Mapping[str, View]
 """Views by side: "clean", "adv", and what a method adds ("guide", "collaborative", "adv_unperturbed")."""
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    """Names of parameters that the model holds under more than one name."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for group in names.values() if len(group) > 1 for name in group}
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from holdfast import distributed
+from holdfast import checks, distributed
 from holdfast.attacks.base import Attack
 from holdfast.errors import HoldfastError, NonFiniteLoss
 from holdfast.forward import Attacked, Batch, Forward, Outputs, Statistics, View, Views
-from holdfast.functional import cross_entropy
+from holdfast.functional import cross_entropy, smooth_labels
 from holdfast.objectives.base import Objective
 from holdfast.objectives.standard import StandardTraining
 from holdfast.recipe import SGD, Recipe
@@ -78,6 +78,8 @@ class AdversarialStep(nn.Module):
             transform.prepare(model)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        if self.check_finite and not (distributed.active() and len(batch.y) == 0):  # a process may get no rows
+            checks.check_batch(batch)
         objective = self.warmup_objective if progress.warming_up else self.objective
         sides = objective.sides(progress)
         device = batch.x.device.type
@@ -88,8 +90,16 @@ class AdversarialStep(nn.Module):
                 for transform in self.view_transforms:
                     views = transform(views, self.search(objective, batch, attacked, progress), progress)
             outputs = self.run(objective, views, sides, batch, attacked)
+            batch = self.smoothed(batch, outputs)
             terms = objective(Forward(batch, outputs, attacked, progress))
             return self.reduce(terms, len(batch.y))
+
+    def smoothed(self, batch: Batch, outputs: Mapping[str, Outputs]) -> Batch:
+        """The batch with the recipe's soft labels, where whoever made the batch has not given any."""
+        if not self.recipe.label_smoothing or batch.target is not None:
+            return batch
+        classes = next(iter(outputs.values())).logits.shape[1]
+        return batch._replace(target=smooth_labels(batch.y, classes, self.recipe.label_smoothing))
 
     def autocast(self, device: str) -> torch.autocast:
         """The precision under which the network runs."""

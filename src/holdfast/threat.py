@@ -168,7 +168,7 @@ class Linf(ThreatModel):
         return delta.flatten(1).abs().amax(1)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        return gradient.sign()
+        return torch.where(gradient.isnan(), gradient, gradient.sign())  # torch may call the sign of NaN 0, hiding it
 
     def project(self, x_adv: Tensor, x: Tensor, radius: float | Tensor | None = None) -> Tensor:
         radius = _per_row(self.epsilon if radius is None else radius, x)

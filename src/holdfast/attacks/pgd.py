@@ -97,6 +97,8 @@ class PGD:
         progress = progress or Progress()
         view = view.running(self.statistics).detached()
         key = progress.key("attack start")
+        if batch.index is None:
+            key = key.fold(progress.step)  # rows without identity: let at least every step draw anew
         best = self._search(view, batch, inner_loss, threat, progress, key.fold(0))
         if self.restarts == 1:
             return best

@@ -67,7 +67,7 @@ class EMA(Average):
     @torch.no_grad()
     def after_step(self, model: nn.Module, progress: Progress) -> None:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warm_up else self.decay
-        parameters = {name for name, _ in model.named_parameters()}
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and (name in parameters or self.buffers == "average"):
                 self.shadow[name].lerp_(tensor, 1 - decay)

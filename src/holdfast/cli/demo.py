@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from holdfast.recipe import Recipe
 
 EPSILON = 0.2
-EPOCHS = {"standard": 10, "pgd_at": 20, "piat_nmse": 25}
+EPOCHS = {"standard": 30, "pgd_at": 20, "piat_nmse": 25}
 
 
 def run(argv: Sequence[str]) -> int:

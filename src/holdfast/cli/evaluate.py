@@ -46,6 +46,10 @@ def run(argv: Sequence[str]) -> int:
 
     if asked.attack.lower() not in ("pgd", "fgsm"):
         raise unknown_name("attack", asked.attack, ("pgd", "fgsm"))
+    if asked.attack.lower() == "fgsm" and asked.restarts > 1:
+        raise HoldfastError("fgsm starts at the image and has no restarts: leave --restarts out, or use --attack pgd")
+    if asked.step_size is not None and parse_epsilon(asked.step_size) == 0:
+        raise HoldfastError("--step-size 0 attacks nothing: leave it out for a quarter of epsilon")
     if asked.epsilon is not None:
         parse_epsilon(asked.epsilon)
     found = measure(asked)
@@ -143,6 +147,11 @@ def load_test_data(asked: Namespace, description: dict[str, Any]) -> Any:
             f"{data.name} holds {data.num_classes} classes of shape {[data.channels, *data.image_size]}, the model was"
             f" trained on {len(classes)} of {shape}: give the --data it was made for, or --image-size"
         )
+    if list(data.classes) != list(classes):
+        raise HoldfastError(
+            f"{data.name} has the classes {', '.join(data.classes)}, the model was trained on {', '.join(classes)}:"
+            " give data with the same classes in the same order"
+        )
     return data
 
 
@@ -151,4 +160,5 @@ def file_name(found: dict[str, Any]) -> str:
     scaled = found["epsilon"] * 255
     epsilon = f"{round(scaled)}_255" if math.isclose(scaled, round(scaled), abs_tol=1e-9) else f"{found['epsilon']:g}"
     words = [found["attack"].partition(",")[0].lower(), f"x{found['restarts']}", found["threat"].lower(), epsilon]
+    words += [f"step{found['step_size']:.4g}", f"seed{found['seed']}"]
     return "-".join([*words, found["data"], found["checkpoint"], f"n{found['n']}"]).replace("/", "_")

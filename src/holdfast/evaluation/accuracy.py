@@ -14,6 +14,7 @@ from holdfast.attacks.fgsm import FGSM
 from holdfast.attacks.pgd import PGD
 from holdfast.data.images import Images
 from holdfast.data.loader import to_pixels
+from holdfast.errors import HoldfastError
 from holdfast.evaluation.statistics import wilson_interval
 from holdfast.forward import Batch, View
 from holdfast.functional import cross_entropy
@@ -85,11 +86,13 @@ def robust_rows(
     """Which rows are correct clean, and which of those stay correct under the attack.
 
     Rows that are already wrong are not attacked. Every restart attacks only what is left. A success counts only where
-    the network in its own precision misclassifies the very point, and the point lies in the ball: under
-    ``autocast="bf16"`` low precision searches, it never decides.
+    the network in its own precision misclassifies the very point: under ``autocast="bf16"`` low precision searches, it
+    never decides.
 
     Shapes:
         Returns two (B,) bool tensors.
+    Raises:
+        HoldfastError: a point lies outside the ball or is NaN; a search that failed must not count as robustness.
     """
     view = View(model)
     clean = correct_rows(view, batch)
@@ -104,8 +107,12 @@ def robust_rows(
         progress = Progress(seed=Key(seed).fold("evaluation", restart).torch_seed)
         with torch.autocast(batch.x.device.type, dtype=torch.bfloat16, enabled=autocast == "bf16"):
             found = single(view, rows, lambda f, y=rows.y: cross_entropy(f, y), threat=threat, progress=progress)
-        held = correct_rows(view, rows._replace(x=found.x_adv)) | ~threat.contains(found.x_adv, rows.x)
-        robust[left] = held
+        if not bool(threat.contains(found.x_adv, rows.x).all()):
+            raise HoldfastError(
+                "the attack left the ball or became NaN, so nothing can be said of robustness: the model's gradient is"
+                " probably not finite; look for a square root or a division at zero"
+            )
+        robust[left] = correct_rows(view, rows._replace(x=found.x_adv))
     return clean, robust
 
 
