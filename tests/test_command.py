@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from holdfast import PGD, load_model
 from holdfast.cli import demo, evaluate, table
@@ -519,6 +520,15 @@ def test_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         }
         file = run / "evaluations" / f"pgd-2-x1-linf-0.1-step0.025-seed0-toy-{checkpoint}-n24.json"
         assert json.loads(file.read_text()) == found
+
+    spoilt = Path(shutil.copytree(run, tmp_path / "spoilt"))  # last weights that see nothing: always the first class
+    state = weights(spoilt, "last")
+    state |= {name: 0 * state[name] for name in ("fc.weight", "fc.bias")}
+    save_file(state, spoilt / "last" / "model.safetensors")
+    for checkpoint, accuracy in (("best", told["clean_accuracy"]), ("last", 0.25)):
+        assert command("evaluate", spoilt, "--checkpoint", checkpoint, "--steps", 1, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["clean_accuracy"] == accuracy
+    assert told["clean_accuracy"] > 0.25
 
     words = ["evaluate", run, "--steps", 3, "--restarts", 2, "--epsilon", "8/255", "--n", 10, "--out", tmp_path / "e"]
     assert command(*words, "--json") == 0

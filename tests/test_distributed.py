@@ -23,6 +23,7 @@ from holdfast.errors import HoldfastError
 from holdfast.forward import Forward
 from holdfast.interruption import Interrupted
 from holdfast.loop import Loop
+from holdfast.runs.folder import RunFolder
 from holdfast.schedule import Progress
 from tiny_runs import (
     FP32,
@@ -119,6 +120,13 @@ def process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD)
     assert distributed.active()
+    create = RunFolder.create
+
+    def late(*arguments: Any, **more: Any) -> RunFolder:
+        time.sleep(0.3 * rank)  # by then a hasty rank 0 would have made the folder, and rank 1 would refuse it
+        return create(*arguments, **more)
+
+    RunFolder.create = late  # type: ignore[method-assign]
     for case in CASES:
         with Watched() as watched:
             fit(**exact(case), out=folder / "two" / case)
@@ -183,6 +191,7 @@ def test_losses_equal_those_of_one_process(case: str, folder: Path) -> None:
         for name, value in alone.items():
             together = sum(part[step][name] for part in parts) / WORLD
             assert together == pytest.approx(value, abs=1e-10, rel=0), (step, name)
+        assert parts[0][step]["loss"] != parts[1][step]["loss"]  # each saw rows of its own
     assert len({terms["loss"] for terms in one}) == len(one)
 
 

@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
             "digits",
             out=folder / name,
             seed=asked.seed,
-            settings=Settings(validate_every=5, test_steps=50, test_images=None),
+            settings=Settings(validate_every=10, test_steps=50, test_images=None),
             resume=True,
             display=LiveDisplay(),
         )
