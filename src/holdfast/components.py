@@ -11,9 +11,7 @@ from holdfast.averages.interpolation import Interpolation
 from holdfast.objectives.adversarial_training import AdversarialTraining
 from holdfast.objectives.normalized_mse import NormalizedMSE
 from holdfast.objectives.standard import StandardTraining
-from holdfast.threat import L1, L2, Linf
 
-THREATS: dict[str, type[Any]] = {"Linf": Linf, "L2": L2, "L1": L1}
 ATTACKS: dict[str, type[Any]] = {"pgd": PGD, "fgsm": FGSM}
 OBJECTIVES: dict[str, type[Any]] = {
     "standard": StandardTraining,

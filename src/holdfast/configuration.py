@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from holdfast.components import ATTACKS, AVERAGES, OBJECTIVES, THREATS, VIEWS
-from holdfast.errors import HoldfastError
+from holdfast.components import ATTACKS, AVERAGES, OBJECTIVES, VIEWS
+from holdfast.errors import HoldfastError, unknown_name
 from holdfast.recipe import SGD, Recipe
 from holdfast.schedule import Schedule
+from holdfast.threat import THREATS
 
 SCALARS = ("epochs", "batch_size", "warmup", "label_smoothing", "gradient_clip", "train_ball")
 """Fields of a recipe that are plain numbers or schedules."""
@@ -57,14 +57,6 @@ def recipe_config(recipe: Recipe) -> dict[str, Any]:
         "schedule": recipe.schedule.as_config(),
         **{name: _plain(getattr(recipe, name)) for name in SCALARS},
     }
-
-
-def unknown_name(what: str, name: object, allowed: Iterable[str]) -> HoldfastError:
-    """The refusal of a name, with the nearest that exist."""
-    allowed = list(allowed)
-    near = difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(allowed)}"
-    return HoldfastError(f"{what} {name!r} is unknown: {hint}")
 
 
 def build_component(

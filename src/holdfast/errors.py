@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class HoldfastError(ValueError):
     """Bad input or a state of the world that the caller can mend.
@@ -12,3 +15,11 @@ class HoldfastError(ValueError):
 
 class NonFiniteLoss(HoldfastError):
     """A loss term became NaN or infinite; the message names the term."""
+
+
+def unknown_name(what: str, name: object, allowed: Iterable[str]) -> HoldfastError:
+    """The refusal of a name, with the nearest that exist."""
+    allowed = list(allowed)
+    near = difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(allowed)}"
+    return HoldfastError(f"{what} {name!r} is unknown: {hint}")

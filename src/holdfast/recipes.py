@@ -8,7 +8,7 @@ from dataclasses import replace
 from holdfast.attacks.pgd import PGD
 from holdfast.averages.ema import EMA
 from holdfast.averages.interpolation import Interpolation
-from holdfast.configuration import unknown_name
+from holdfast.errors import unknown_name
 from holdfast.objectives.adversarial_training import AdversarialTraining
 from holdfast.objectives.normalized_mse import NormalizedMSE
 from holdfast.objectives.standard import StandardTraining

@@ -41,7 +41,7 @@ def parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     """Evaluate, write the result, print it."""
     asked = parser().read(argv)
-    from holdfast.configuration import unknown_name
+    from holdfast.errors import unknown_name
     from holdfast.threat import parse_epsilon
 
     if asked.attack.lower() not in ("pgd", "fgsm"):

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from holdfast import __version__
 from holdfast.cli.table import COMMANDS
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, unknown_name
 
 _MODULES = {"list": "listing"}
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = arguments[0]
     try:
         if verb not in COMMANDS:
-            raise HoldfastError(_unknown_verb(verb))
+            raise unknown_name("verb", verb, COMMANDS)
         module = import_module(f"holdfast.cli.{_MODULES.get(verb, verb)}")
         return module.run(arguments[1:])
     except HoldfastError as error:
@@ -59,14 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse(message: str) -> int:
     print(f"holdfast: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def _unknown_verb(verb: str) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(verb, COMMANDS, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(COMMANDS)}"
-    return f"verb {verb!r} is unknown: {hint}"
 
 
 if __name__ == "__main__":

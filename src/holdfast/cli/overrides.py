@@ -14,8 +14,8 @@ from jsonargparse import ArgumentParser
 
 from holdfast.cli.arguments import unknown_option
 from holdfast.components import ATTACKS, AVERAGES, OBJECTIVES
-from holdfast.configuration import build_component, settings_of, unknown_name
-from holdfast.errors import HoldfastError
+from holdfast.configuration import build_component, settings_of
+from holdfast.errors import HoldfastError, unknown_name
 from holdfast.recipe import SGD
 from holdfast.schedule import Schedule
 from holdfast.setup import Settings

@@ -70,7 +70,8 @@ def run(argv: Sequence[str]) -> int:
 
     from dataclasses import fields
 
-    from holdfast.configuration import build_recipe, unknown_name
+    from holdfast.configuration import build_recipe
+    from holdfast.errors import unknown_name
     from holdfast.progress_display import Display, LiveDisplay
     from holdfast.runs.memory import keep_freed_memory
     from holdfast.setup import Settings
