@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +13,24 @@ from holdfast import distributed
 from holdfast.attacks.fgsm import FGSM
 from holdfast.attacks.pgd import PGD
 from holdfast.components import ATTACKS, AVERAGES, OBJECTIVES
-from holdfast.forward import View, Views
+from holdfast.forward import Batch, View, Views
 from holdfast.objectives.base import Objective
 from holdfast.recipe import SGD, Recipe
 from holdfast.schedule import Progress
 from holdfast.threat import Linf
-from holdfast.views.base import Search
+from holdfast.views.base import Search, ViewTransform
+from holdfast.views.split_batchnorm import SplitBatchNorm
+from holdfast.views.worst_weights import WorstWeights
 
-MAKE_OBJECTIVE: dict[str, Callable[[], Objective]] = {**OBJECTIVES}
+MAKE_OBJECTIVE: dict[str, Callable[[], Objective]] = {
+    **OBJECTIVES,
+    "asymmetric_trades, predictor": lambda: OBJECTIVES["asymmetric_trades"](adversarial_weight=1.0, predictor=True),
+    "asymmetric_invariance, symmetric": lambda: OBJECTIVES["asymmetric_invariance"](
+        direction="symmetric", predictor=False, distance="mse", balance=(1.0, 1.0)
+    ),
+    "logit_stability, top": lambda: OBJECTIVES["logit_stability"](weights="top", top_share=0.3, distance="kl"),
+    "logit_stability, unperturbed": lambda: OBJECTIVES["logit_stability"](compared="adv_unperturbed"),
+}
 MAKE_ATTACK: dict[str, Callable[[], Any]] = {
     **ATTACKS,
     "pgd, batch": lambda: PGD(steps=3, statistics="batch"),
@@ -31,7 +41,7 @@ MAKE_ATTACK: dict[str, Callable[[], Any]] = {
 MAKE_AVERAGE: dict[str, Callable[[], Any]] = {**AVERAGES}
 
 
-class OneWeightStep:
+class OneWeightStep(ViewTransform):
     """A weight perturbation in its simplest form, to test what a view transform may rely on.
 
     One ascent of the adversarial cross-entropy on the adversarial side, scaled tensor by tensor.
@@ -44,7 +54,7 @@ class OneWeightStep:
     def prepare(self, model: nn.Module) -> None:
         self.prepared.append(model)
 
-    def passes(self, progress: Progress) -> float:
+    def passes(self, progress: Progress, sides: Sequence[str]) -> float:
         return 3.0
 
     def __call__(self, views: Views, search: Search, progress: Progress) -> Views:
@@ -65,10 +75,30 @@ class OneWeightStep:
         return {**views, side: replace(view, state=state)}
 
 
-MAKE_VIEWS: dict[str, Callable[[], tuple[Any, ...]]] = {
-    "no view": lambda: (),
-    "worst weights": lambda: (OneWeightStep(),),
+MAKE_VIEWS: dict[str, Callable[[Sequence[str]], tuple[Any, ...]]] = {
+    "no view": lambda sides: (),
+    "worst weights": lambda sides: (WorstWeights(gamma=0.05, sides=sides, ascend="objective"),),
+    "worst weights, ten global steps": lambda sides: (
+        WorstWeights(gamma=0.05, sides=sides[-1:], ascend="objective", steps=3, scale="global", below=3.0),
+    ),
+    "split batchnorm": lambda sides: (SplitBatchNorm(),),
+    "split batchnorm, worst weights": lambda sides: (WorstWeights(gamma=0.05, sides=sides[-1:]), SplitBatchNorm()),
 }
+"""Views by name, for an objective that runs these sides."""
+
+
+def fits(views: str, sides: Sequence[str]) -> bool:
+    """Whether these views make sense for an objective of these sides."""
+    return "split" not in views or len(sides) > 1
+
+
+def prepared(name: str, network: nn.Module, batch: Batch) -> Objective:
+    """The objective of a name, with its predictors drawn from a fixed seed."""
+    objective = MAKE_OBJECTIVE[name]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        objective.prepare(network, batch.x[:2])
+    return objective
 
 
 def small_recipe(objective: Objective | None = None, **changes: Any) -> Recipe:

@@ -122,17 +122,33 @@ def test_the_static_tables_name_what_there_is(capsys: pytest.CaptureFixture[str]
     assert list(table.RECIPES) == list(RECIPES)
     assert sorted(table.ATTACKS) == sorted(ATTACKS)
     assert sorted(MODELS) == sorted(_BUILDERS)
-    assert set(table.LISTS) == set(TABLES)
+    assert set(table.LISTS) == {"recipes", *TABLES}
     for verb in table.COMMANDS:
         module = __import__(f"holdfast.cli.{_MODULES.get(verb, verb)}", fromlist=["run"])
         assert callable(module.run)
-    for what in table.LISTS:
+    for what in TABLES:
         assert command("list", what) == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines] == list(TABLES[what])
         assert command("list", what, "--json") == 0
         assert json.loads(capsys.readouterr().out) == TABLES[what]
     assert f"one of {', '.join(RECIPES)}" in " ".join(train_verb.parser().format_help().split())
+
+
+def test_list_recipes_prints_paper_and_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every method with its paper, its cost over PGD-AT's, and a line of what it does; the cost is the recipe's own."""
+    assert command("list", "recipes") == 0
+    _, *lines, legend = capsys.readouterr().out.splitlines()
+    assert "PGD-AT" in legend
+    baseline = pgd_at(epsilon=0.1).passes()
+    for line, (name, make) in zip(lines, RECIPES.items(), strict=True):
+        cost = make(epsilon=0.1).passes() / baseline
+        assert line.split()[:2] == [name, f"{cost:.2f}x"]
+        assert table.RECIPES[name].paper in line
+        assert line.endswith(table.RECIPES[name].what)
+        assert len(line) <= 150
+    assert command("list", "recipes", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["iseat"]["cost"] == 1.26
 
 
 def test_the_issues_options_exist() -> None:
@@ -664,5 +680,5 @@ def test_the_installed_command_exists() -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert ended.returncode == 0
-    assert ended.stdout.splitlines()[0].startswith("standard")
+    assert ended.stdout.splitlines()[1].startswith("standard")
     assert inspect.signature(demo.run).parameters.keys() == {"argv"}

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from holdfast import EMA, Interpolation, NormalizedMSE, distributed, fit
+from holdfast import EMA, SWA, TRADES, Interpolation, NormalizedMSE, SplitBatchNorm, WorstWeights, distributed, fit
 from holdfast.errors import HoldfastError
 from holdfast.forward import Forward
 from holdfast.interruption import Interrupted
@@ -95,6 +95,9 @@ def exact(case: str) -> dict[str, Any]:
     """Arguments of `fit` for the runs that must equal one process."""
     averages = (Interpolation(), EMA(decay=0.9)) if case == "piat" else ()
     recipe = tiny_recipe(averages=averages, epochs=6, warmup=0.1, gradient_clip=1.0)
+    if case == "weights":  # both sides at θ + ν, with ν from the gradients of all processes
+        perturbed = WorstWeights(gamma=0.05, sides=("clean", "adv"), ascend="objective", below=2.0)
+        recipe = replace(recipe, objective=TRADES(), views=(perturbed,))
     settings = replace(FP64, drop_last=case != "uneven")
     # 73 images: 7 are held out and 66 are left, so that a batch of 13 leaves one over, for rank 0 alone
     return {
@@ -107,12 +110,19 @@ def exact(case: str) -> dict[str, Any]:
 
 def coupled() -> dict[str, Any]:
     """BatchNorm on each process's own half, dropout, every average: equal on both, but not to one process."""
-    averages = (Interpolation(buffers="reestimate"), EMA(decay=0.9))
-    recipe = tiny_recipe(objective=WithMemory(), averages=averages, epochs=3, batch_size=4, label_smoothing=0.1)
+    averages = (Interpolation(buffers="reestimate"), SWA(begin=0.0, buffers="adversarial"), EMA(decay=0.9))
+    recipe = tiny_recipe(
+        objective=WithMemory(),
+        views=(SplitBatchNorm(), WorstWeights(gamma=0.02)),
+        averages=averages,
+        epochs=3,
+        batch_size=4,
+        label_smoothing=0.1,
+    )
     return {"recipe": recipe, "data": toy(), "model": tiny_net(dropout=0.2), "settings": FP32}
 
 
-CASES = ("pgd_at", "piat", "uneven")
+CASES = ("pgd_at", "piat", "uneven", "weights")
 
 
 def process(rank: int, folder: Path) -> None:

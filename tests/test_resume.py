@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from holdfast import EMA, Interpolation, NormalizedMSE, View, fit
+from holdfast import EMA, SWA, Interpolation, NormalizedMSE, SplitBatchNorm, View, WorstWeights, fit
 from holdfast.forward import Attacked, Batch, Forward
 from holdfast.interruption import Interrupted, Interruption
 from holdfast.loop import Loop
@@ -98,7 +98,8 @@ def everything() -> Recipe:
     return tiny_recipe(
         attack=FromLastTime(),
         objective=Remembering(),
-        averages=(Interpolation(), EMA(decay=0.9)),
+        views=(SplitBatchNorm(), WorstWeights(gamma=0.02)),
+        averages=(Interpolation(), SWA(begin=0.3, period=3, buffers="clean"), EMA(decay=0.9)),
         optimizer=SGD(learning_rate=0.05, momentum=Schedule(((0, 0.9), (1, 0.5))), weight_decay=1e-3),
         schedule=Schedule(((0, 1), (1, 0.1))),
         warmup=3 / (EPOCHS * STEPS),

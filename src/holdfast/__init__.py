@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from holdfast.attacks.pgd import PGD as PGD
     from holdfast.averages.ema import EMA as EMA
     from holdfast.averages.interpolation import Interpolation as Interpolation
+    from holdfast.averages.swa import SWA as SWA
     from holdfast.data.sources import load as load_data
     from holdfast.errors import HoldfastError as HoldfastError
     from holdfast.evaluation.accuracy import evaluate as evaluate
@@ -23,9 +24,15 @@ if TYPE_CHECKING:
     from holdfast.forward import View as View
     from holdfast.models.factory import build as build_model
     from holdfast.objectives.adversarial_training import AdversarialTraining as AdversarialTraining
+    from holdfast.objectives.asymmetric_invariance import AsymmetricInvariance as AsymmetricInvariance
+    from holdfast.objectives.asymmetric_trades import AsymmetricTRADES as AsymmetricTRADES
     from holdfast.objectives.base import Objective as Objective
+    from holdfast.objectives.logit_pairing import LogitPairing as LogitPairing
+    from holdfast.objectives.logit_stability import LogitStability as LogitStability
+    from holdfast.objectives.mart import MART as MART
     from holdfast.objectives.normalized_mse import NormalizedMSE as NormalizedMSE
     from holdfast.objectives.standard import StandardTraining as StandardTraining
+    from holdfast.objectives.trades import TRADES as TRADES
     from holdfast.recipe import Recipe as Recipe
     from holdfast.runs.export import load_model as load_model
     from holdfast.schedule import Progress as Progress
@@ -36,6 +43,8 @@ if TYPE_CHECKING:
     from holdfast.threat import L2 as L2
     from holdfast.threat import Linf as Linf
     from holdfast.train import fit as fit
+    from holdfast.views.split_batchnorm import SplitBatchNorm as SplitBatchNorm
+    from holdfast.views.worst_weights import WorstWeights as WorstWeights
 
 _PLACES = {
     "FGSM": ("attacks.fgsm", "FGSM"),
@@ -62,6 +71,15 @@ _PLACES = {
     "L2": ("threat", "L2"),
     "Linf": ("threat", "Linf"),
     "fit": ("train", "fit"),
+    "WorstWeights": ("views.worst_weights", "WorstWeights"),
+    "SplitBatchNorm": ("views.split_batchnorm", "SplitBatchNorm"),
+    "SWA": ("averages.swa", "SWA"),
+    "TRADES": ("objectives.trades", "TRADES"),
+    "MART": ("objectives.mart", "MART"),
+    "LogitStability": ("objectives.logit_stability", "LogitStability"),
+    "LogitPairing": ("objectives.logit_pairing", "LogitPairing"),
+    "AsymmetricTRADES": ("objectives.asymmetric_trades", "AsymmetricTRADES"),
+    "AsymmetricInvariance": ("objectives.asymmetric_invariance", "AsymmetricInvariance"),
 }
 
 __all__ = [  # noqa: RUF022 - in the order of use, not of the alphabet
@@ -87,7 +105,16 @@ __all__ = [  # noqa: RUF022 - in the order of use, not of the alphabet
     "StandardTraining",
     "AdversarialTraining",
     "NormalizedMSE",
+    "LogitPairing",
+    "TRADES",
+    "MART",
+    "AsymmetricTRADES",
+    "AsymmetricInvariance",
+    "LogitStability",
+    "WorstWeights",
+    "SplitBatchNorm",
     "EMA",
+    "SWA",
     "Interpolation",
     "HoldfastError",
     "__version__",

@@ -13,7 +13,7 @@ from holdfast.recipe import SGD, Recipe
 from holdfast.schedule import Schedule
 from holdfast.threat import THREATS
 
-SCALARS = ("epochs", "batch_size", "warmup", "label_smoothing", "gradient_clip", "train_ball")
+SCALARS = ("epochs", "batch_size", "warmup", "label_smoothing", "gradient_clip", "input_noise", "train_ball")
 """Fields of a recipe that are plain numbers or schedules."""
 
 

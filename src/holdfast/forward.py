@@ -126,7 +126,7 @@ class View:
             copies = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
             state = {**copies, **{n: t.clone() if n in copies else t for n, t in (state or {}).items()}}
         taps = tapped(self.model, self.taps) if self.taps else nullcontext({})
-        with _running(self.model, self.statistics != "eval", self.branch), taps as features:
+        with running(self.model, self.branch, training=self.statistics != "eval"), taps as features:
             logits = self.model(x) if state is None else torch.func.functional_call(self.model, dict(state), (x,))
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -174,14 +174,17 @@ def _tied_names(model: nn.Module) -> set[str]:
 
 
 @contextmanager
-def _running(model: nn.Module, training: bool, branch: str) -> Iterator[None]:
-    """Set mode and branch for one forward, and put every module back as it was, after an exception too."""
+def running(model: nn.Module, branch: str, *, training: bool | None = None) -> Iterator[None]:
+    """Set branch and mode (None: as it is) for one forward, and put every module back, after an exception too."""
     switched: list[nn.Module] = []
     branched: list[tuple[nn.Module, str]] = []
     for module in model.modules():
-        if module.training != training:
+        if training is not None and module.training != training:
             switched.append(module)
         if hasattr(module, "active_branch"):
+            known: Sequence[str] = getattr(module, "branch_names", (branch,))
+            if branch not in known:
+                raise HoldfastError(f"the model has no BatchNorm branch {branch!r}: use {' or '.join(known)}")
             branched.append((module, module.active_branch))  # type: ignore[arg-type]  # a str by the protocol above
     if branch != "main" and not branched:
         raise HoldfastError(
@@ -189,12 +192,12 @@ def _running(model: nn.Module, training: bool, branch: str) -> Iterator[None]:
         )
     try:
         for module in switched:
-            module.training = training
+            module.training = not module.training
         for module, _ in branched:
             module.active_branch = branch  # type: ignore[assignment]  # a plain attribute, not a tensor or a module
         yield
     finally:
         for module in switched:
-            module.training = not training
+            module.training = not module.training
         for module, previous in branched:
             module.active_branch = previous  # type: ignore[assignment]  # as above

@@ -58,6 +58,24 @@ def probability_of(logits: Tensor, y: Tensor) -> Tensor:
     return logits.softmax(1).gather(1, y[:, None])[:, 0]
 
 
+def rank_weight(vulnerability: Tensor) -> Tensor:
+    r"""Weights that fall linearly with the rank within the batch: 1 for the most vulnerable row, 1/B for the least.
+
+    .. math:: w_i = 1 - \frac{r(v_i)}{B}, \qquad r \text{ from 0 for the highest } v
+
+    Shapes:
+        vulnerability: (B,). Returns (B,); equal values keep the order of the batch.
+    Source: ISEAT, eq. (14).
+
+    Example:
+        >>> rank_weight(torch.tensor([0.3, 2.0, -1.0, 0.9])).tolist()
+        [0.5, 1.0, 0.25, 0.75]
+    """
+    order = vulnerability.argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return 1 - rank.to(vulnerability.dtype) / max(1, len(order))
+
+
 def smooth_labels(y: Tensor, num_classes: int, smoothing: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
     r"""Soft labels: 1 - s for class y, s shared equally by all other classes.
 

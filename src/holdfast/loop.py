@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from holdfast import distributed
 from holdfast.attacks.pgd import PGD
+from holdfast.averages.base import Average
 from holdfast.averages.reestimation import reestimate_statistics
 from holdfast.compilation import compile_in_place
 from holdfast.data.loader import Loader
@@ -40,7 +42,7 @@ class Loop:
         self.setup, self.recipe, self.settings = setup, setup.recipe, setup.settings
         self.folder, self.display, self.interruption = folder, display, interruption
         self.loader: Loader = setup.loader
-        self.evaluated = copy.deepcopy(setup.model)  # validation runs here, eagerly, in evaluation mode
+        self.evaluated = copy.deepcopy(setup.model)  # plain: validation runs here, eagerly, in evaluation mode
         self.evaluated.eval().requires_grad_(False)
         self.model = setup.model
         make = self.recipe.step or AdversarialStep
@@ -50,9 +52,15 @@ class Loop:
             precision=setup.precision,
             check_finite=setup.device.type == "cpu",
         )
+        for transform in self.recipe.views:
+            for note in transform.notes:
+                display.say(note)
         self.module: nn.Module = self.step  # type: ignore[assignment]  # a step is a module; the protocol cannot say so
         self.module.to(setup.device)
         self.optimizers = list(self.step.optimizers())
+        self.reestimated: nn.Module | None = None  # with the branches that the step has added, and never compiled
+        if any(average.reestimate is not None for average in self.recipe.averages):
+            self.reestimated = copy.deepcopy(self.model).eval().requires_grad_(False)
         if self.settings.compile:
             compile_in_place(self.model, "inductor" if self.settings.compile is True else self.settings.compile)
         self.run_step = self._distributed() if distributed.active() else self.step
@@ -66,9 +74,9 @@ class Loop:
         self.clock = self.saved_at = time.monotonic()
 
     def _distributed(self) -> Step:
-        unused = any(
-            True for part in ("objective", "networks") for _ in getattr(self.module, part, nn.Module()).parameters()
-        )
+        parts = (getattr(self.module, part, nn.Module()) for part in ("objective", "networks"))
+        unused = any(True for part in parts for _ in part.parameters())
+        unused = unused or bool(getattr(self.step, "branches", {}))  # a clean warm-up leaves the auxiliary one alone
         return nn.parallel.DistributedDataParallel(  # type: ignore[return-value]  # called like the step it wraps
             self.module,
             device_ids=[self.setup.device.index] if self.setup.device.type == "cuda" else None,
@@ -191,14 +199,15 @@ class Loop:
         self.position -= 1
         progress = self.progress(self.step.replays - 1)  # of the last step
         self.position += 1
+        last = self.epoch + 1 == self.recipe.epochs
+        validated = (self.epoch + 1) % self.settings.validate_every == 0 or last
         for average in self.recipe.averages:
             distributed.average_in_place([t for t in (average.exported() or {}).values() if t.is_floating_point()])
             average.after_epoch(self.model, progress)
-            if average.reestimate is not None:
+            if average.reestimate is not None and (validated or average.writes_back):
                 self.reestimate(average, progress)
         line = self.metrics_line(progress)
-        last = self.epoch + 1 == self.recipe.epochs
-        if (self.epoch + 1) % self.settings.validate_every == 0 or last:
+        if validated:
             self.load_exported()
             found = self.evaluation(self.setup.validation, self.settings.validation_steps, None)
             line["validation"] = found.as_dict()
@@ -266,39 +275,45 @@ class Loop:
         """What the objective wants to know at the epoch's start; the same on every process."""
         objective = getattr(self.step, "objective", None)
         measures = getattr(objective, "measures", ())
-        view = View(self.model)
+        branches = getattr(self.step, "branches", {})
         whole = replace(self.loader, rank=0, world=1)
         found = {}
         for measure in measures:
             wanted = math.ceil(measure.images / self.loader.batch_size)
             batches = (batch for _, batch in zip(range(wanted), whole.batches(self.epoch), strict=False))
+            view = View(self.model, branch=branches.get(measure.side, "main"))
             found[measure.name] = float(measure.measure(view, batches))
         return found
 
     def exported(self) -> Mapping[str, Tensor]:
-        """The weights of the last average that exports any, else the model's own."""
-        for average in reversed(self.recipe.averages):
-            state = average.exported()
-            if state is not None:
-                return state
-        return self.model.state_dict()
+        """The weights of the last average that exports any, else the model's own, without auxiliary branches."""
+        states = (average.exported() for average in reversed(self.recipe.averages))
+        state = next((state for state in states if state is not None), None) or self.model.state_dict()
+        return {name: state[name] for name in self.evaluated.state_dict()}
 
     def load_exported(self) -> None:
         self.evaluated.load_state_dict(dict(self.exported()))
 
-    def reestimate(self, average: Any, progress: Progress) -> None:
-        """Measure BatchNorm's running statistics anew for what an average wrote or exports."""
-        state = average.exported() or self.model.state_dict()
-        self.evaluated.load_state_dict(dict(state))
+    def reestimate(self, average: Average, progress: Progress) -> None:
+        """Measure BatchNorm's running statistics anew for what an average wrote or exports, in every branch."""
+        model = self.reestimated
+        state = average.exported() or (self.model.state_dict() if average.writes_back else None)
+        if state is None or model is None:
+            return
+        model.load_state_dict(dict(state))
+        self.evaluated.load_state_dict({name: state[name] for name in self.evaluated.state_dict()})
+        others = set(getattr(self.step, "branches", {}).values())
 
-        def images(batch: Batch) -> Tensor:
-            if average.reestimate == "clean" or self.recipe.attack is None:
-                return batch.x
-            own = AdversarialStep(self.recipe, self.evaluated, check_finite=False)
-            return own.find(batch, self.recipe.objective, progress).x_adv
+        def images(batch: Batch) -> dict[str, Tensor]:
+            x = batch.x
+            if average.reestimate == "adversarial" and isinstance(self.step, AdversarialStep) and self.step.attack:
+                x = self.step.find(batch, self.step.objective, progress, model=self.evaluated).x_adv
+            return {"main": x, **dict.fromkeys(others, batch.x)}
 
-        reestimate_statistics(self.evaluated, self.loader.batches(self.epoch), images)
-        for name, buffer in self.evaluated.named_buffers():
+        wanted = average.reestimate_images
+        steps = len(self.loader) if wanted is None else math.ceil(wanted / self.loader.batch_size)
+        reestimate_statistics(model, itertools.islice(self.loader.batches(self.epoch), steps), images)
+        for name, buffer in model.named_buffers():
             if name in state:  # what a model does not save is not re-estimated
                 state[name].copy_(buffer)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -50,6 +50,10 @@ class Recipe:
         views: Transforms of the outer views, in order.
         averages: Averages of the weights, in order; the last that exports decides what is validated and kept.
         networks: Further networks, each reached as a view of its name ("guide").
+        input_noise: Radius, in pixel scale, of uniform noise added to the training images, without clamping, before the
+            attack and every outer forward; the ball is then centred on the noisy image. What AR-AT's public code does
+            (its noise is meant as the attack's start, but is written into the clean batch): with ``input_noise``
+            at epsilon and an attack without random start, training examples lie up to two epsilon from the image.
         train_ball: Radius onto which training examples are projected: None for the threat model's epsilon, a number
             or a schedule, or ``"unbounded"`` where the method is that (pixel bounds still hold).
         optimizer: Optimiser settings.
@@ -72,6 +76,7 @@ class Recipe:
     views: tuple[ViewTransform, ...] = ()
     averages: tuple[Average, ...] = ()
     networks: Mapping[str, nn.Module] = field(default_factory=dict)
+    input_noise: Scalar = 0.0
     train_ball: Scalar | Literal["unbounded"] | None = None
     optimizer: SGD = field(default_factory=SGD)
     schedule: Schedule = field(default_factory=lambda: constant(1.0))
@@ -93,12 +98,43 @@ class Recipe:
             raise HoldfastError(f"gradient_clip is {self.gradient_clip}: give a positive norm, or none")
         if self.train_ball is not None and self.train_ball != "unbounded":
             object.__setattr__(self, "train_ball", as_scalar("train_ball", self.train_ball, minimum=0))  # type: ignore[arg-type]  # the word is excluded
-        if self.attack is None and any(side.startswith("adv") for side in self.objective.sides(self._end())):
+        object.__setattr__(self, "input_noise", as_scalar("input_noise", self.input_noise, minimum=0))
+        self._refuse_what_makes_no_sense()
+
+    def _refuse_what_makes_no_sense(self) -> None:
+        """Combinations that would train something else than they say."""
+        sides = self._sides_ever()
+        if self.attack is None and any(side.startswith("adv") for side in sides):
             raise HoldfastError(f"recipe {self.name!r} reads an attacked side: give it an attack")
+        if self.objective.needs_random_start and getattr(self.attack, "random_start", True) is False:
+            raise HoldfastError(
+                f"{type(self.objective).__name__}'s attack climbs a divergence whose gradient is zero at the clean"
+                " image: give the attack a random start (--attack.random_start true)"
+            )
+        for view in self.views:
+            missing = [side for side in view.needs_sides if side not in sides]
+            if missing:
+                raise HoldfastError(
+                    f"{type(view).__name__} works on side {missing[0]!r}, which {type(self.objective).__name__} never"
+                    f" runs (it runs {', '.join(sides)}): choose other sides, or another objective"
+                )
+        writing = [type(average).__name__ for average in self.averages if average.writes_back]
+        if len(writing) > 1:
+            raise HoldfastError(
+                f"averages {' and '.join(writing)} both write into the model, so the second would average the first's"
+                " result as if training had made it: keep one of them"
+            )
 
     def _end(self) -> Progress:
         """The last step of a long run, when everything that is scheduled is on."""
         return Progress(epoch=self.epochs - 1, step=self.epochs - 1, epochs=self.epochs, stage=99)
+
+    def _sides_ever(self) -> tuple[str, ...]:
+        """Every side that the objective runs at some time in a run of many steps."""
+        moments = [Progress(step=step, epoch=step, epochs=200) for step in range(200)]
+        moments = [replace(moment, stage=self.schedule.stage(moment.fraction)) for moment in moments]
+        runs = [self.objective.sides(moment) for moment in (*moments, self._end())]
+        return tuple(dict.fromkeys(side for sides in runs for side in sides))
 
     def radius(self, progress: Progress) -> float | None:
         """The radius of the training ball now; None for pixel bounds only."""
@@ -118,5 +154,8 @@ class Recipe:
         """
         progress = progress or self._end()
         attacked = any(side.startswith("adv") for side in self.objective.sides(progress))
-        searched = self.attack.passes() if self.attack is not None and attacked else 0.0
-        return searched + sum(view.passes(progress) for view in self.views) + self.objective.passes(progress)
+        searched = 0.0
+        if self.attack is not None and attacked:
+            searched = self.attack.passes() + self.objective.inner_passes(progress)
+        ascents = sum(view.passes(progress, self.objective.sides(progress)) for view in self.views)
+        return searched + ascents + self.objective.passes(progress)

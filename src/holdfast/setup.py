@@ -190,6 +190,9 @@ def prepare(
     sample = to_pixels(loader.images.pixels[first], dtype)
     checks.check_batch(Batch(sample, loader.images.labels), dataset.num_classes)
     checks.check_model(network, sample, dataset.num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(Key(seed).fold("objective's initial weights").torch_seed)
+        recipe.objective.prepare(network, sample)
     config = run_config(recipe, dataset, spec, settings, seed, init, len(loader))
     return Setup(
         recipe=recipe,

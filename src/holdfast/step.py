@@ -14,6 +14,7 @@ from holdfast.attacks.base import Attack
 from holdfast.errors import HoldfastError, NonFiniteLoss
 from holdfast.forward import Attacked, Batch, Forward, Outputs, Statistics, View, Views
 from holdfast.functional import cross_entropy, smooth_labels
+from holdfast.keyed_random import uniform
 from holdfast.objectives.base import Objective
 from holdfast.objectives.standard import StandardTraining
 from holdfast.recipe import SGD, Recipe
@@ -84,15 +85,25 @@ class AdversarialStep(nn.Module):
         sides = objective.sides(progress)
         device = batch.x.device.type
         with _forked_generator(progress, batch.x.device), self.autocast(device):
+            batch = self.with_noise(batch, progress)
             attacked = self.find(batch, objective, progress) if any(s.startswith("adv") for s in sides) else None
-            views = self.outer_views(objective, sides)
+            views = self.outer_views(objective, sides, {} if progress.warming_up else self.branches)
             if not progress.warming_up:
                 for transform in self.view_transforms:
                     views = transform(views, self.search(objective, batch, attacked, progress), progress)
             outputs = self.run(objective, views, sides, batch, attacked)
             batch = self.smoothed(batch, outputs)
-            terms = objective(Forward(batch, outputs, attacked, progress))
+            with torch.autocast(device, enabled=False):  # losses and predictors in full precision
+                terms = objective(Forward(batch, outputs, attacked, progress))
             return self.reduce(terms, len(batch.y))
+
+    def with_noise(self, batch: Batch, progress: Progress) -> Batch:
+        """The batch with the recipe's `input_noise`; not clamped."""
+        radius = 0.0 if progress.warming_up else value_at(self.recipe.input_noise, progress)
+        if radius == 0:
+            return batch
+        share = uniform(progress.key("input noise"), batch.rows, batch.x.shape[1:], dtype=batch.x.dtype)
+        return batch._replace(x=batch.x + radius * (2 * share - 1))
 
     def smoothed(self, batch: Batch, outputs: Mapping[str, Outputs]) -> Batch:
         """The batch with the recipe's soft labels, where whoever made the batch has not given any."""
@@ -105,11 +116,16 @@ class AdversarialStep(nn.Module):
         """The precision under which the network runs."""
         return torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def find(self, batch: Batch, objective: Objective, progress: Progress) -> Attacked:
-        """Inner maximisation over the input. The result is detached and inside the ball that the recipe declares."""
+    def find(
+        self, batch: Batch, objective: Objective, progress: Progress, *, model: nn.Module | None = None
+    ) -> Attacked:
+        """Inner maximisation over the input. The result is detached and inside the ball that the recipe declares.
+
+        `model` is attacked instead of the classifier where it is given.
+        """
         if self.attack is None:
             raise HoldfastError(f"recipe {self.recipe.name!r} reads an attacked side: give it an attack")
-        view = View(self.model, statistics=self.attack.statistics)
+        view = View(self.model if model is None else model, statistics=self.attack.statistics)
         inner_loss = objective.inner_loss(view, batch, progress)
         radius = self.recipe.radius(progress)
         threat = self.recipe.threat if radius is None else self.recipe.threat.with_epsilon(radius)
@@ -119,12 +135,21 @@ class AdversarialStep(nn.Module):
             x_adv = threat.clamp(x_adv) if radius is None else threat.project(x_adv, batch.x)
         return found._replace(x_adv=x_adv)
 
-    def outer_views(self, objective: Objective, sides: Sequence[str]) -> dict[str, View]:
-        """The views of the outer forwards: the classifier in training mode, further networks under their names."""
+    @property
+    def branches(self) -> dict[str, str]:
+        """The BatchNorm branch of every side that does not run on the main one."""
+        return {side: branch for transform in self.view_transforms for side, branch in transform.branches.items()}
+
+    def outer_views(self, objective: Objective, sides: Sequence[str], branches: Mapping[str, str]) -> dict[str, View]:
+        """The views of the outer forwards: the classifier in training mode, further networks under their names.
+
+        Branches are chosen here, so that a weight search sees them wherever it stands among the transforms.
+        """
         statistics: Statistics = "batch_tracked"
         return {
             side: View(
                 dict(self.networks).get(side, self.model),
+                branch="main" if side in self.networks else branches.get(side, "main"),
                 statistics=statistics,
                 taps=() if side in self.networks else objective.taps,
             )
@@ -140,12 +165,18 @@ class AdversarialStep(nn.Module):
     def search(self, objective: Objective, batch: Batch, attacked: Attacked | None, progress: Progress) -> Search:
         """What a weight search climbs, under candidate views and batch statistics that are not tracked."""
 
-        def ascended(views: Views, sides: Sequence[str], loss: Ascended) -> Tensor:
+        def ascended(views: Views, sides: Sequence[str], loss: Ascended, below: float | None = None) -> Tensor:
             quiet = {side: replace(views[side], statistics="batch") for side in sides}
             outputs = self.run(objective, quiet, sides, batch, attacked)
-            if loss == "adversarial_ce":
-                return cross_entropy(outputs["adv"].logits, batch.labels).mean()
-            return self.reduce(objective(Forward(batch, outputs, attacked, progress)), len(batch.y))["loss"]
+            with torch.autocast(batch.x.device.type, enabled=False):
+                if loss == "adversarial_ce":
+                    terms = {loss: cross_entropy(outputs["adv"].logits, self.smoothed(batch, outputs).labels)}
+                else:
+                    terms = objective(Forward(self.smoothed(batch, outputs), outputs, attacked, progress))
+            if below is not None:
+                rows = torch.stack(list(terms.values())).sum(0)
+                terms = {"below": torch.where(rows < below, rows, torch.zeros_like(rows))}
+            return self.reduce(terms, len(batch.y))["loss"]
 
         return ascended
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,9 +11,11 @@ from torch import Tensor
 from holdfast.attacks.base import InnerLoss, input_gradient, require_steepest
 from holdfast.errors import HoldfastError
 from holdfast.forward import STATISTICS, Attacked, Batch, Statistics, View
-from holdfast.keyed_random import Key
+from holdfast.keyed_random import Key, normal
 from holdfast.schedule import Progress, Scalar, as_scalar, value_at
 from holdfast.threat import ThreatModel, parse_epsilon
+
+NORMAL_START = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,8 @@ class PGD:
     Args:
         steps: K >= 0.
         step_size: α in pixel scale, or a schedule; None is a quarter of epsilon (2/255 at 8/255).
-        random_start: Begin at a uniform point of the ball instead of at x.
+        random_start: Begin at a uniform point of the ball (true), at x (false), or at x plus normal noise of standard
+            deviation 0.001 (``"normal"``, as the code of TRADES, MART and ALP does).
         restarts: Independent searches; every row keeps the one whose last point has the largest loss, and with
             `early_stop` one that is misclassified before any that is not.
         early_stop: None, or the number τ of steps that a row still takes after it is first misclassified (0: it stops
@@ -54,7 +58,7 @@ class PGD:
 
     steps: int = 10
     step_size: Scalar | str | None = None
-    random_start: bool = True
+    random_start: bool | Literal["normal"] = True
     restarts: int = 1
     early_stop: int | None = None
     statistics: Statistics = "eval"
@@ -74,6 +78,8 @@ class PGD:
             raise HoldfastError(
                 f"early_stop is {self.early_stop}: give the number of further steps, 0 or more, or none"
             )
+        if self.random_start not in (True, False, "normal"):
+            raise HoldfastError(f"random_start is {self.random_start!r}: use true, false or normal")
         if self.statistics not in STATISTICS:
             raise HoldfastError(f"statistics {self.statistics!r} is unknown: use one of {', '.join(STATISTICS)}")
 
@@ -121,13 +127,20 @@ class PGD:
         wrong = logits.argmax(1) != batch.y
         return wrong if self.early_stop is not None else torch.zeros_like(wrong), inner_loss(logits)
 
+    def _start(self, x: Tensor, batch: Batch, threat: ThreatModel, key: Key) -> Tensor:
+        """The first iterate."""
+        if self.random_start == "normal":
+            noise = normal(key, batch.rows, x.shape[1:], dtype=x.dtype)
+            return threat.project(x + NORMAL_START * noise, x)
+        return threat.random_point(x, key, batch.rows) if self.random_start else x.clone()
+
     def _search(
         self, view: View, batch: Batch, inner_loss: InnerLoss, threat: ThreatModel, progress: Progress, key: Key
     ) -> Attacked:
         """One restart."""
         step_size = threat.epsilon / 4 if self.step_size is None else value_at(self.step_size, progress)  # type: ignore[arg-type]  # no text
         x, y = batch.x.detach(), batch.y
-        x_adv = threat.random_point(x, key, batch.rows) if self.random_start else x.clone()
+        x_adv = self._start(x, batch, threat, key)
         survived = torch.zeros_like(y)
         left = torch.full_like(y, -1)  # steps that a misclassified row still takes; -1: not misclassified yet
         for _ in range(self.steps):

@@ -22,10 +22,12 @@ class Average:
         writes_back: The model itself is changed (PIAT); otherwise a shadow is kept (EMA, SWA).
         reestimate: The loop re-estimates BatchNorm's running statistics of what this average wrote or exports, on
             such inputs, at every epoch's end; None where it need not.
+        reestimate_images: How many training images that takes; None for all.
     """
 
     writes_back: bool = False
     reestimate: Reestimate | None = None
+    reestimate_images: int | None = None
 
     def start(self, model: nn.Module) -> None:
         """Called once before the first step of a run; a resumed run calls `load_state_dict` instead."""

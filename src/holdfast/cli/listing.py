@@ -9,7 +9,7 @@ from holdfast.cli.table import ATTACKS, LISTS, RECIPES
 from holdfast.data.table import SOURCES
 from holdfast.models.table import MODELS
 
-TABLES: dict[str, dict[str, str]] = {"recipes": RECIPES, "models": MODELS, "attacks": ATTACKS, "data": SOURCES}
+TABLES: dict[str, dict[str, str]] = {"models": MODELS, "attacks": ATTACKS, "data": SOURCES}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -18,6 +18,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("what", choices=LISTS, metavar="|".join(LISTS))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     asked = parser.read(argv)
+    if asked.what == "recipes":
+        return list_recipes(as_json=asked.json)
     table = TABLES[asked.what]
     if asked.json:
         print_json(table)
@@ -25,4 +27,18 @@ def run(argv: Sequence[str]) -> int:
     width = max(map(len, table))
     for name, what in table.items():
         print(f"{name:<{width}}  {what}")
+    return 0
+
+
+def list_recipes(*, as_json: bool) -> int:
+    """Every recipe with its cost, its paper and what it does."""
+    if as_json:
+        print_json({name: line._asdict() for name, line in RECIPES.items()})
+        return 0
+    name_width = max(map(len, RECIPES))
+    paper_width = max(len(line.paper) for line in RECIPES.values())
+    print(f"{'recipe':<{name_width}}  cost   {'paper':<{paper_width}}  what it does")
+    for name, line in RECIPES.items():
+        print(f"{name:<{name_width}}  {line.cost:.2f}x  {line.paper:<{paper_width}}  {line.what}")
+    print("cost: forward passes of a training step over PGD-AT's")
     return 0

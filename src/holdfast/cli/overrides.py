@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from holdfast.cli.arguments import unknown_option
-from holdfast.components import ATTACKS, AVERAGES, OBJECTIVES
+from holdfast.components import ATTACKS, AVERAGES, OBJECTIVES, VIEWS
 from holdfast.configuration import build_component, settings_of
 from holdfast.errors import HoldfastError, unknown_name
 from holdfast.recipe import SGD
@@ -22,6 +22,9 @@ from holdfast.setup import Settings
 from holdfast.threat import THREATS, parse_fraction
 
 Config = dict[str, Any]
+
+LISTS = (("averages", "average", AVERAGES), ("views", "view", VIEWS))
+"""Sections of which a recipe may have several parts: ``--averages.ema.decay``, ``--views.worst_weights.gamma``."""
 
 
 def override(config: Mapping[str, Any], words: Sequence[str], plain: Sequence[str] = ()) -> Config:
@@ -48,7 +51,7 @@ def override(config: Mapping[str, Any], words: Sequence[str], plain: Sequence[st
     if not words:
         return config
     parser = section_parser(config)
-    touched = {word[len("--averages.") :].partition(".")[0] for word in words if word.startswith("--averages.")}
+    touched = {tuple(word[2:].split(".")[:2]) for word in words if word.startswith(("--averages.", "--views."))}
     known = list(parser._option_string_actions)
     for word in words:
         if not word.startswith("--") or word.partition("=")[0] not in known:
@@ -60,11 +63,15 @@ def override(config: Mapping[str, Any], words: Sequence[str], plain: Sequence[st
     for section in ("threat", "attack", "objective", "optimizer", "schedule", "training"):
         if section in read:
             config[section] = {**(config[section] or {}), **read[section]}
-    present = [average["name"] for average in config["averages"]]
-    for name in touched.difference(present):
-        config["averages"].append({"name": name})
-    for average in config["averages"]:
-        average.update(read["averages"][average["name"]])
+    for section, _, table in LISTS:
+        parts = config.get(section) or []
+        present = [part["name"] for part in parts]
+        config[section] = [
+            *parts,
+            *({"name": name} for name in table if (section, name) in touched and name not in present),
+        ]
+        for part in config[section]:
+            part.update(read[section][part["name"]])
     return config
 
 
@@ -101,11 +108,12 @@ def section_parser(config: Mapping[str, Any], prog: str = "holdfast train") -> A
             build_component(section, part, table)  # unknown names are refused in our words
             parser.add_class_arguments(table[part["name"]], section)
             defaults |= {f"{section}.{key}": value for key, value in part.items() if key != "name"}
-    for name, kind in AVERAGES.items():
-        parser.add_class_arguments(kind, f"averages.{name}")
-    for average in config["averages"]:
-        build_component("average", average, AVERAGES)
-        defaults |= {f"averages.{average['name']}.{key}": value for key, value in average.items() if key != "name"}
+    for section, what, table in LISTS:
+        for name, kind in table.items():
+            parser.add_class_arguments(kind, f"{section}.{name}")
+        for part in config.get(section) or ():
+            build_component(what, part, table)
+            defaults |= {f"{section}.{part['name']}.{key}": value for key, value in part.items() if key != "name"}
     for section, kind in (("optimizer", SGD), ("schedule", Schedule), ("training", Settings)):
         parser.add_class_arguments(kind, section)
         defaults |= {f"{section}.{key}": value for key, value in config[section].items()}

@@ -5,6 +5,8 @@ A test compares it with the real recipes, attacks and parsers.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 COMMANDS: dict[str, str] = {
     "demo": "train three models on the built-in digits, attack them, and show what robustness is (two minutes)",
     "train": "train a robust classifier by a recipe, on your images or a known data set",
@@ -13,13 +15,54 @@ COMMANDS: dict[str, str] = {
     "doctor": "check the environment and time one training step here",
 }
 
-RECIPES: dict[str, str] = {
-    "standard": "cross-entropy on clean images: the undefended baseline",
-    "pgd_at": "PGD-AT: cross-entropy on PGD-10 images (Madry et al.; schedule of Rice et al.)",
-    "pgd_at_wa": "PGD-AT with weight averaging, label smoothing and one cycle: the baseline that counts",
-    "pgd_at_nmse": "PGD-AT with NMSE: aligns normalised clean and adversarial logits",
-    "piat": "PIAT: PGD-AT with parameters interpolated between epochs",
-    "piat_nmse": "PIAT + NMSE: the paper's full method",
+
+class RecipeLine(NamedTuple):
+    """A line of `holdfast list recipes`. Cost is a step's forward passes over PGD-AT's, once everything is on."""
+
+    cost: float
+    paper: str
+    what: str
+
+
+_MADRY = "Madry et al. 2018"
+_PIAT = "PIAT, arXiv:2303.13955"
+_AR_AT = "AR-AT, arXiv:2402.14648"
+_ISEAT = "ISEAT, Li and Spratling"
+_AWP = "AWP, arXiv:2004.05884"
+
+RECIPES: dict[str, RecipeLine] = {
+    "standard": RecipeLine(0.13, "-", "cross-entropy on clean images: the undefended baseline"),
+    "pgd_at": RecipeLine(1.0, f"{_MADRY}; Rice et al. 2020", "cross-entropy on PGD-10 images"),
+    "pgd_at_wa": RecipeLine(
+        1.0, "arXiv:2604.22853", "averaged weights, soft labels, one cycle: the baseline that counts"
+    ),
+    "pgd_at_swa": RecipeLine(1.0, "Chen et al. 2021", "PGD-AT, weights averaged over the later epochs"),
+    "seat": RecipeLine(1.0, "SEAT, arXiv:2203.09678", "PGD-AT, weights averaged at every step"),
+    "alp": RecipeLine(1.13, "ALP, arXiv:1803.06373", "clean and adversarial logits are made equal"),
+    "trades": RecipeLine(1.17, "TRADES, arXiv:1901.08573", "adversarial predictions are drawn to clean ones"),
+    "asym_trades": RecipeLine(1.17, f"{_AR_AT}; our reading", "TRADES that leaves the clean prediction alone"),
+    "mart": RecipeLine(1.13, "MART, Wang et al. 2020", "boosted cross-entropy; the pull is weighted by clean mistakes"),
+    "awp": RecipeLine(1.13, _AWP, "PGD-AT at weights perturbed uphill"),
+    "rwp": RecipeLine(2.3, "RWP, arXiv:2205.14826", "AWP in ten steps, on images with small loss"),
+    "trades_awp": RecipeLine(1.43, _AWP, "TRADES at weights perturbed uphill"),
+    "mart_awp": RecipeLine(1.39, _AWP, "MART at weights perturbed uphill"),
+    "pgd_at_nmse": RecipeLine(1.13, _PIAT, "PGD-AT with NMSE: clean and adversarial logits point the same way"),
+    "piat": RecipeLine(1.0, _PIAT, "PGD-AT with parameters interpolated between epochs"),
+    "piat_nmse": RecipeLine(1.13, _PIAT, "PIAT + NMSE: the paper's full method"),
+    "piat_trades": RecipeLine(1.17, _PIAT, "PIAT around TRADES"),
+    "piat_mart": RecipeLine(1.13, _PIAT, "PIAT around MART"),
+    "ar_at": RecipeLine(1.13, _AR_AT, "adversarial features are drawn to clean ones that stand still; split BatchNorm"),
+    "ar_at_swa": RecipeLine(1.13, _AR_AT, "AR-AT, weights averaged late, both BatchNorm branches re-estimated"),
+    "ar_at_awp": RecipeLine(1.26, "new", "AR-AT at weights perturbed uphill"),
+    "ar_at_piat": RecipeLine(1.13, "new", "AR-AT with parameters interpolated between epochs"),
+    "iseat": RecipeLine(1.26, _ISEAT, "logits stay put under input and weight perturbation, by vulnerability"),
+    "iseat_swa": RecipeLine(1.26, _ISEAT, "ISEAT, weights averaged over the later epochs"),
+    "iseat_svhn": RecipeLine(1.26, _ISEAT, "ISEAT as on SVHN: epsilon grows at first"),
+    "iseat_finetune": RecipeLine(1.26, _ISEAT, "ISEAT (LSIW) as 40 epochs of fine-tuning: tables 7 to 9; needs --init"),
+    "lsi_finetune": RecipeLine(1.39, _ISEAT, "its ablation LSI: stability at unperturbed weights; needs --init"),
+    "trades_awp_finetune": RecipeLine(1.26, _ISEAT, "its ablation TRADES-AWP with squared L2; needs --init"),
+    "iseat_eq7": RecipeLine(1.13, _ISEAT, "its eq. (7): stability for the most vulnerable tenth; needs --init"),
+    "iseat_piat": RecipeLine(1.26, "new", "ISEAT with parameters interpolated between epochs"),
 }
 
 ATTACKS: dict[str, str] = {

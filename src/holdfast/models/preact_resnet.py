@@ -104,6 +104,8 @@ class PreActResNet18(ImageClassifier):
         self.relu = nn.ReLU()
         self.avgpool = GlobalAveragePool()
         self.fc = nn.Linear(8 * width, num_classes)
+        taps = tuple(f"layer4.{block}.{relu}" for block in (0, 1) for relu in ("relu1", "relu2"))
+        self.last_stage = (*taps, "avgpool")
         initialize_convolutional(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ class ResNet18(ImageClassifier):
         self.layer4 = _stage(4 * width, 8 * width, 2)
         self.avgpool = GlobalAveragePool()
         self.fc = nn.Linear(8 * width, num_classes)
+        self.last_stage = tuple(f"layer4.{block}.{norm}" for block in (0, 1) for norm in ("bn1", "bn2"))
         initialize_convolutional(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ class SmallCNN(ImageClassifier):
         self.layer5 = _layer(4 * width, 8 * width, stride=2)
         self.grid = (min(4, -(-image_size[0] // (4 * first))), min(4, -(-image_size[1] // (4 * first))))
         self.fc = nn.Linear(8 * width * self.grid[0] * self.grid[1], num_classes)
+        self.last_stage = ("layer4.bn", "layer5.bn")
         initialize_convolutional(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,6 +25,33 @@ def feature_names(model: nn.Module) -> list[str]:
     return list(_tappable(model))
 
 
+def last_stage(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules whose outputs are the features of a network's last stage.
+
+    The networks of this library say so themselves (their attribute `last_stage`). Of any other the last four
+    normalisation layers are taken, in the order in which they were registered.
+
+    Args:
+        model: Any network.
+    Raises:
+        HoldfastError: the network has neither.
+    Example:
+        >>> last_stage(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten()))
+        ('1',)
+    """
+    stated = getattr(model, "last_stage", None)
+    if stated:
+        return tuple(stated)
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+    found = [name for name, module in _tappable(model).items() if isinstance(module, kinds)]
+    if not found:
+        raise HoldfastError(
+            "the model has no normalisation layers to take features from: name the layers with --objective.layers"
+            " '[...]'; holdfast.models.feature_names(model) lists all"
+        )
+    return tuple(found[-4:])
+
+
 def _tappable(model: nn.Module) -> dict[str, nn.Module]:
     named = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in named if name and not isinstance(module, (nn.ModuleList, nn.ModuleDict))}

@@ -165,6 +165,7 @@ class SmallViT(ImageClassifier):
         self.blocks = nn.Sequential(*(TransformerBlock(dim, heads=heads, mlp_ratio=mlp_ratio) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.fc = nn.Linear(dim, num_classes)
+        self.last_stage = (*(f"blocks.{block}" for block in range(max(0, depth - 2), depth)), "norm")
         _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -164,6 +164,8 @@ class WideResNet(ImageClassifier):
         self.relu = nn.ReLU()
         self.avgpool = GlobalAveragePool()
         self.fc = nn.Linear(4 * wide, num_classes)
+        taps = tuple(f"block3.layer.{block}.{relu}" for block in range(blocks) for relu in ("relu1", "relu2"))
+        self.last_stage = (*taps, "avgpool")
         initialize_convolutional(self)
 
     def forward(self, x: Tensor) -> Tensor:

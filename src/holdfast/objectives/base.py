@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from holdfast import distributed
 from holdfast.attacks.base import InnerLoss
 from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch, Forward, View
-from holdfast.functional import cross_entropy
+from holdfast.functional import cross_entropy, kl
 from holdfast.schedule import Progress
 
 
@@ -23,11 +24,13 @@ class Measurement:
         name: Where the value appears in `Progress.measured`.
         measure: Takes a view of the classifier (``"eval"``) and batches of augmented training images.
         images: How many training images the batches hold, at least.
+        side: Whose BatchNorm branch the view runs under.
     """
 
     name: str
     measure: Callable[[View, Iterable[Batch]], float]
     images: int = 1024
+    side: str = "adv"
 
 
 class Objective(nn.Module):
@@ -42,12 +45,17 @@ class Objective(nn.Module):
         measures: What the loop measures at an epoch's start.
         taps: Names of modules whose outputs `forward` wants as features.
         zero_at_equality: Names of terms that vanish where x_adv = x on the same view.
+        needs_random_start: The inner loss has no gradient at x itself, so the attack must begin elsewhere.
     """
 
     couples_batch: bool = False
     measures: tuple[Measurement, ...] = ()
     taps: Sequence[str] = ()
     zero_at_equality: tuple[str, ...] = ()
+    needs_random_start: bool = False
+
+    def prepare(self, model: nn.Module, x: Tensor) -> None:
+        """Called once before training, with a few images: build what depends on the network's sizes."""
 
     def sides(self, progress: Progress) -> tuple[str, ...]:
         """The outer forwards this step needs, in their order. Nobody pays for one that is not named."""
@@ -76,6 +84,26 @@ class Objective(nn.Module):
         """Make buffers equal on all processes at an epoch's end. Memories addressed by image index do it otherwise."""
         distributed.average_buffers(self)
 
+    def inner_passes(self, progress: Progress) -> float:
+        """What `inner_loss` itself costs a step, in forward passes."""
+        return 0.0
+
     def passes(self, progress: Progress) -> float:
         """Cost of the outer step in forward passes: a forward and a full backward (two) for each side."""
         return 3.0 * len(self.sides(progress))
+
+
+def kl_to_clean(view: View, batch: Batch) -> InnerLoss:
+    """KL(p(x) || p(.)), with the clean prediction computed once, under the view of the attack.
+
+    Its value and its gradient are zero at x, so an attack on it needs a random start.
+    """
+    with torch.no_grad():
+        clean = view(batch.x).logits
+    return lambda logits: kl(clean, logits)
+
+
+def require_word(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse a word that is none of the allowed ones."""
+    if value not in allowed:
+        raise HoldfastError(f"{name} {value!r} is unknown: use one of {', '.join(allowed)}")

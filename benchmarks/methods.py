@@ -1,0 +1,283 @@
+"""Every recipe on equal terms: the same network, epochs, optimiser and schedule, several seeds, two arms.
+
+The arm ``plain`` trains by SGD whose learning rate steps down at 50 % and 75 %. The arm ``averaged`` has what the
+strongest baseline has: one cycle, label smoothing, and an EMA of the weights after the method's own averages. Attack,
+objective, views and the method's own averages are the recipe's; a clean warm-up is left out. ``finetune`` starts from
+the arm plain's PGD-AT network of the same seed and repeats the ablations of the ISEAT paper's tables 7 to 9.
+
+    python benchmarks/methods.py digits --seeds 5 --jobs 2
+    python benchmarks/methods.py path/to/fashion-mnist --seeds 3 --jobs 2 --train-images 10000
+    python benchmarks/methods.py --table
+
+appends one JSON row a run to docs/results/methods-rows.jsonl (runs that are there already are not repeated) and writes
+the table docs/results/methods.md. Seconds a step are those of runs that share the machine; benchmarks/step_cost.py
+compares them one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+ROWS, TABLE = RESULTS / "methods-rows.jsonl", RESULTS / "methods.md"
+
+METHODS = (
+    *("standard", "pgd_at", "alp", "trades", "asym_trades", "mart"),
+    *("awp", "rwp", "trades_awp", "mart_awp"),
+    *("pgd_at_nmse", "piat", "piat_nmse", "piat_trades", "piat_mart"),
+    *("ar_at", "ar_at_awp", "ar_at_piat", "iseat", "iseat_piat"),
+)
+AVERAGING = ("pgd_at_swa", "seat", "ar_at_swa", "iseat_swa")  # methods that are an average: in the plain arm only
+FINETUNED = (
+    *("pgd_at", "awp", "input_smoothing", "iseat_finetune", "lsi_finetune", "trades_awp_finetune"),
+    *("kl_uniform", "squared_l2_uniform", "squared_l2_top", "iseat_eq7"),
+)
+SIZES = {  # per data set: epsilon, batch, epochs, width of small_cnn, images of the closing PGD-50
+    "digits": (0.2, 64, 15, 8, None),
+    "fashion-mnist": (0.1, 128, 4, 8, 2000),
+}
+SMOOTHING, DECAY = 0.1, 0.99
+READING = """Accuracies are per cent of the test images, mean ± sample deviation over seeds; robust is PGD-50 with one
+random start. Best is chosen by PGD-10 on held-out training images. Raw rows: methods-rows.jsonl."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    data: str
+    source: str
+    arm: str
+    method: str
+    seed: int
+    train_images: int | None
+    work: str
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What a row is found by."""
+        return (self.data, self.arm, self.method, self.seed)
+
+
+def plain(recipe: Any, epochs: int, batch: int) -> Any:
+    """The recipe's method under the common schedule."""
+    from holdfast.recipe import SGD
+    from holdfast.schedule import piecewise
+
+    return replace(
+        recipe,
+        optimizer=SGD(learning_rate=0.1, weight_decay=5e-4),
+        schedule=piecewise((0, 1), (0.5, 0.1), (0.75, 0.01)),
+        epochs=epochs,
+        batch_size=batch,
+        warmup=0.0,
+        label_smoothing=0.0,
+    )
+
+
+def averaged(recipe: Any, epochs: int, batch: int) -> Any:
+    """The same with one cycle, label smoothing and an EMA."""
+    from holdfast.averages.ema import EMA
+    from holdfast.schedule import one_cycle
+
+    return replace(
+        plain(recipe, epochs, batch),
+        schedule=one_cycle(),
+        label_smoothing=SMOOTHING,
+        averages=(*recipe.averages, EMA(decay=DECAY)),
+    )
+
+
+def finetuned(method: str, epsilon: float, epochs: int, batch: int) -> Any:
+    """Half as many epochs more at a tenth of the learning rate, by one row of the ISEAT paper's tables."""
+    from holdfast.objectives.logit_stability import LogitStability
+    from holdfast.recipe import SGD
+    from holdfast.recipes import RECIPES
+    from holdfast.schedule import piecewise
+
+    changes: dict[str, Callable[[], dict[str, Any]]] = {
+        "input_smoothing": lambda: {"views": ()},
+        "kl_uniform": lambda: {"objective": LogitStability(strength=0.1, weights="uniform", distance="kl")},
+        "squared_l2_uniform": lambda: {"objective": LogitStability(strength=0.1, weights="uniform")},
+        "squared_l2_top": lambda: {"objective": LogitStability(strength=0.1, weights="top")},
+    }
+    recipe = RECIPES[method if method in RECIPES else "iseat_finetune"](epsilon=epsilon)
+    return replace(
+        recipe,
+        **changes.get(method, dict)(),
+        optimizer=SGD(learning_rate=0.01, weight_decay=5e-4),
+        schedule=piecewise((0, 1), (0.5, 0.1)),
+        epochs=max(1, epochs // 2),
+        batch_size=batch,
+    )
+
+
+def build(job: Job) -> Any:
+    """The recipe of a run."""
+    from holdfast.recipes import RECIPES
+
+    epsilon, batch, epochs, _, _ = SIZES[job.data]
+    if job.arm == "finetune":
+        return finetuned(job.method, epsilon, epochs, batch)
+    return {"plain": plain, "averaged": averaged}[job.arm](RECIPES[job.method](epsilon=epsilon), epochs, batch)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train and evaluate; one row."""
+    import torch
+
+    from holdfast.data.sources import load
+    from holdfast.runs.memory import keep_freed_memory
+    from holdfast.setup import Settings
+    from holdfast.train import fit
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    data = load(job.source)
+    if job.train_images is not None:
+        data = replace(data, train=data.train.subset(torch.arange(job.train_images)))
+    _, _, _, width, tested = SIZES[job.data]
+    recipe = build(job)
+    out = Path(job.work) / job.data / job.arm / job.method / str(job.seed)
+    shutil.rmtree(out, ignore_errors=True)
+    init = Path(job.work) / job.data / "plain" / "pgd_at" / str(job.seed) if job.arm == "finetune" else None
+    began = time.monotonic()
+    finished = fit(
+        recipe,
+        data,
+        "small_cnn",
+        out=out,
+        seed=job.seed,
+        init=init,
+        model_options={"width": width},
+        settings=Settings(validation_images=500, validation_steps=10, test_images=tested, test_steps=50),
+    )
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    summary = finished.summary
+    row = {
+        "data": job.data,
+        "arm": job.arm,
+        "method": job.method,
+        "seed": job.seed,
+        **{
+            f"{which}_{side}": summary[which][f"{side}_accuracy"]
+            for which in ("best", "last")
+            for side in ("clean", "robust")
+        },
+        "best_epoch": summary["best"]["epoch"],
+        "n": summary["n"],
+        "epochs": recipe.epochs,
+        "steps": lines[-1]["step"],
+        "seconds_a_step": round(sum(line["seconds"] for line in lines) / lines[-1]["step"], 5),
+        "passes_a_step": recipe.passes(),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    keep = job.arm == "plain" and job.method == "pgd_at"
+    if not keep:
+        shutil.rmtree(out)
+    return row
+
+
+def jobs(asked: argparse.Namespace) -> list[Job]:
+    """Runs that are still to be made, every method with one seed before any with the next."""
+    name = "digits" if asked.data == "digits" else "fashion-mnist"
+    arms = {"plain": (*METHODS, *AVERAGING), "averaged": METHODS, "finetune": FINETUNED}
+    done = {(row["data"], row["arm"], row["method"], row["seed"]) for row in read_rows()}
+    wanted = [
+        Job(name, asked.data, arm, method, seed, asked.train_images, asked.work)
+        for seed in range(asked.seeds)
+        for arm in asked.arms
+        for method in arms[arm]
+        if asked.only is None or method in asked.only
+    ]
+    return [job for job in wanted if job.key not in done]
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """All rows so far."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample deviation, in per cent."""
+    return f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f}" if len(values) > 1 else f"{100 * values[0]:.1f}"
+
+
+def table() -> str:
+    """The rows as Markdown, a section for every data set and arm."""
+    rows = read_rows()
+    arms = (__doc__ or "").partition("\n\n")[2].partition("\n\n    ")[0].strip()
+    text = ["# Every method on equal terms", "", arms, "", READING, ""]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        for arm in dict.fromkeys(row["arm"] for row in rows if row["data"] == data):
+            text += section(data, arm, [row for row in rows if row["data"] == data and row["arm"] == arm])
+    return "\n".join(text)
+
+
+def section(data: str, arm: str, rows: list[dict[str, Any]]) -> list[str]:
+    """One table."""
+    epsilon, batch, _, width, _ = SIZES[data]
+    text = [
+        f"## {data}, {arm}",
+        "",
+        f"Linf {epsilon}, small_cnn of width {width}, batch {batch}, {rows[0]['epochs']} epochs"
+        f" ({rows[0]['steps']} steps), {rows[0]['n']} test images.",
+        "",
+        "| method | seeds | clean, best | robust, best | clean, last | robust, last | seconds a step | passes a step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    for method, own in sorted(by_method.items(), key=lambda item: -mean(row["best_robust"] for row in item[1])):
+        shown = ("best_clean", "best_robust", "last_clean", "last_robust")
+        columns = [spread([row[key] for row in own]) for key in shown]
+        seconds = mean(row["seconds_a_step"] for row in own)
+        text.append(f"| {method} | {len(own)} | {' | '.join(columns)} | {seconds:.3f} | {own[0]['passes_a_step']:g} |")
+    return [*text, ""]
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", help="digits, or the path of Fashion-MNIST")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", default=["plain", "averaged"], choices=["plain", "averaged", "finetune"])
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--train-images", type=int)
+    parser.add_argument("--work", default="runs/benchmark-methods")
+    parser.add_argument("--table", action="store_true", help="only write the table anew")
+    asked = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not asked.table:
+        waiting = jobs(asked)
+        print(f"{len(waiting)} runs to make", flush=True)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(asked.jobs, mp_context=context) as pool:
+            running = [pool.submit(run, job) for job in waiting]
+            for count, finished in enumerate(as_completed(running), 1):
+                row = finished.result()
+                with ROWS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{count}/{len(waiting)}", row["data"], row["arm"], row["method"], row["seed"], end=" ")
+                print(f"{row['best_clean']:.3f} {row['best_robust']:.3f} {row['seconds']:.0f} s", flush=True)
+                if not math.isfinite(row["best_robust"]):
+                    raise SystemExit("a run without a result")
+    TABLE.write_text(table() + "\n")
+    print(TABLE)
+
+
+if __name__ == "__main__":
+    main()

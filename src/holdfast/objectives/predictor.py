@@ -1,0 +1,64 @@
+"""The predictor of asymmetric invariance: a small network between a moving side and its target."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError
+
+
+class Predictor(nn.Sequential):
+    r"""Two linear layers with a bottleneck, as in SimSiam.
+
+    .. math:: h(z) = W_2\,\mathrm{relu}(\mathrm{bn}(W_1 z)) + b_2
+
+    Args:
+        features: D.
+        ratio: Width of the bottleneck as a share of D, in (0, 1]; at least one unit is kept.
+
+    Shapes:
+        z: (B, D). Returns (B, D). B must be at least 2, because the BatchNorm uses the batch's statistics.
+    Raises:
+        HoldfastError: ratio lies outside (0, 1].
+    Source: AR-AT, arXiv:2402.14648, section 4; Chen and He (SimSiam), arXiv:2011.10566. Layout of futakw/AR-AT.
+    Differs from the reference: nothing known.
+
+    Example:
+        >>> Predictor(8, 0.25)(torch.zeros(2, 8)).shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(self, features: int, ratio: float = 0.25) -> None:
+        check_ratio(ratio)
+        hidden = max(1, int(features * ratio))
+        super().__init__(
+            nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, features)
+        )
+
+
+def check_ratio(ratio: float) -> None:
+    """Refuse a bottleneck that is no share of the features."""
+    if not 0 < ratio <= 1:
+        raise HoldfastError(f"predictor_ratio is {ratio}: give a share of the features in (0, 1], for example 0.25")
+
+
+def pooled_feature(output: Tensor) -> Tensor:
+    """A tapped layer's output as one vector an image: ReLU, then the mean over positions or tokens.
+
+    Shapes:
+        output: (B, D, H, W), (B, N, D) or (B, D). Returns (B, D), at least float32.
+    """
+    if output.dtype in (torch.bfloat16, torch.float16):
+        output = output.float()
+    rectified = F.relu(output)
+    if rectified.dim() == 4:
+        return rectified.mean((2, 3))
+    if rectified.dim() == 3:
+        return rectified.mean(1)
+    if rectified.dim() == 2:
+        return rectified
+    raise HoldfastError(
+        f"a tapped layer returns shape {tuple(output.shape)}: tap one of (B, D, H, W), (B, N, D), (B, D)"
+    )

@@ -1,0 +1,149 @@
+"""Every recipe: two epochs on real images through the whole of `fit`, and a cost that is what it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from conftest import small_batch
+from holdfast import AsymmetricInvariance, Settings, fit, load_model
+from holdfast.data.sources import load
+from holdfast.errors import HoldfastError
+from holdfast.models.factory import build
+from holdfast.progress_display import Display
+from holdfast.recipes import RECIPES
+from holdfast.schedule import Progress
+from holdfast.step import AdversarialStep
+from tiny_runs import FP64, metrics, tiny_net, tiny_recipe, toy, weights
+
+EVERY = pytest.mark.parametrize("name", RECIPES)
+QUICK = Settings(precision="fp32", device="cpu", validation_steps=1, test_steps=1, test_images=None)
+
+
+@EVERY
+def test_two_epochs_on_the_digits(name: str, tmp_path: Path) -> None:
+    """It learns, its terms add up to the loss, and what it exports is a plain model that anyone can load."""
+    recipe = replace(RECIPES[name](epsilon=0.2), epochs=2, warmup=0.0, batch_size=64)
+    run = fit(recipe, "digits", "small_cnn", out=tmp_path / "run", settings=QUICK, model_options={"width": 8})
+    first, second = metrics(run.path)
+    for line in (first, second):
+        parts = [value for term, value in line["terms"].items() if term != "loss"]
+        assert parts
+        assert line["terms"]["loss"] == pytest.approx(sum(parts), rel=1e-4)
+    assert run.summary["last"]["clean_accuracy"] > 0.3, "a tenth would be chance"
+    plain = build("small_cnn", num_classes=10, channels=1, image_size=(8, 8), width=8)
+    assert weights(run.path).keys() == plain.state_dict().keys()
+    images = load("digits").test
+    x = images.pixels.permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        right = load_model(run.path)(x).argmax(1) == images.labels
+    assert right.float().mean().item() == pytest.approx(run.summary["clean_accuracy"], abs=1e-6)
+
+
+@EVERY
+def test_paper_settings_make_a_recipe_too(name: str) -> None:
+    """Under both kinds of network, and as a schedule of no other method's making."""
+    for model in ("resnet18", "wrn_34_10"):
+        recipe = RECIPES[name](epsilon="8/255", model=model, paper_settings=True)
+        assert recipe.name == name
+        assert recipe.threat.epsilon == pytest.approx(8 / 255)
+        assert recipe.passes() == pytest.approx(RECIPES[name](epsilon="8/255").passes())
+
+
+class CountedFlops(TorchDispatchMode):
+    """Sums torch's own FLOP formulas."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@EVERY
+def test_passes_are_what_is_computed(name: str) -> None:
+    """Counted by torch's FLOP formulas, at a time of the run when all of the method is on."""
+    layers = [layer for _ in range(8) for layer in (nn.Linear(256, 256), nn.ReLU())]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), *layers, nn.Linear(256, 5))
+    recipe = RECIPES[name](epsilon=0.1)
+    if name.startswith("ar_at"):  # this network has no normalisation to take features from, and predictors cost too
+        objective = AsymmetricInvariance(layers=("2",), predictor=False)
+        recipe = replace(recipe, objective=objective)
+    batch = small_batch()
+    recipe.objective.prepare(network, batch.x[:2])
+    late = Progress(step=95, epochs=100, epoch=95, stage=3, measured={"clean_accuracy": 0.5})
+    with CountedFlops() as one:
+        network(batch.x)
+    step = AdversarialStep(recipe, network)
+    with CountedFlops() as all_of_it:
+        step(batch, late)["loss"].backward()
+    assert all_of_it.total / one.total == pytest.approx(recipe.passes(late), rel=0.03)
+    assert recipe.passes(late) == recipe.passes()
+
+
+def test_what_is_not_on_yet_is_not_paid_for() -> None:
+    """ISEAT's clean side before the learning rate drops, TRADES-AWP's search in its warm-up."""
+    early = Progress(step=0, epochs=100)
+    assert RECIPES["iseat"](epsilon=0.1).passes(early) == 26
+    assert RECIPES["trades_awp"](epsilon=0.1).passes(early) == 27
+
+
+def test_svhns_epsilon_grows() -> None:
+    recipe = RECIPES["iseat_svhn"](epsilon="8/255")
+    radii = [recipe.radius(Progress(step=step, epochs=200)) for step in (0, 1, 4, 5, 100)]
+    assert radii == pytest.approx([0, 8 / 255 / 5, 4 * 8 / 255 / 5, 8 / 255, 8 / 255])
+
+
+def test_a_network_without_batchnorm_is_told_and_trained(tmp_path: Path) -> None:
+    """The split falls away; the features come from layers that are named."""
+    told: list[str] = []
+    recipe = replace(
+        RECIPES["ar_at"](epsilon=0.1), epochs=1, batch_size=16, objective=AsymmetricInvariance(layers=("2",))
+    )
+
+    class Told(Display):
+        def say(self, message: str) -> None:
+            told.append(message)
+
+    fit(recipe, toy(), tiny_net(norm=False), out=tmp_path / "run", settings=FP64, display=Told())
+    assert any("no BatchNorm" in line for line in told)
+    with pytest.raises(HoldfastError, match=r"--objective\.layers"):
+        fit(RECIPES["ar_at"](epsilon=0.1), toy(), tiny_net(norm=False), out=tmp_path / "other", settings=FP64)
+
+
+def test_public_codes_noise_moves_both_sides(tmp_path: Path) -> None:
+    """AR-AT's --paper-settings: the clean side sees x + U(-ε, ε), unclamped, and x_adv lies up to 2ε from x."""
+    recipe = RECIPES["ar_at"](epsilon=0.1, paper_settings=True)
+    network, batch = tiny_net(), small_batch(rows=64)
+    recipe.objective.prepare(network, batch.x[:2])
+    step = AdversarialStep(recipe, network)
+    noisy = step.with_noise(batch, Progress(seed=1))
+    moved = noisy.x - batch.x
+    assert 0.09 < float(moved.abs().max()) <= 0.1 + 1e-6
+    assert float(noisy.x.min()) < 0 or float(noisy.x.max()) > 1
+    x_adv = step.find(noisy, step.objective, Progress(seed=1)).x_adv
+    assert float((x_adv - noisy.x.clamp(0, 1)).abs().max()) <= 0.1 + 1e-5
+    assert float((x_adv - batch.x).abs().max()) > 0.15
+    assert 0 <= float(x_adv.min()) <= float(x_adv.max()) <= 1
+    plain = AdversarialStep(tiny_recipe(), tiny_net())
+    assert torch.equal(plain.with_noise(batch, Progress()).x, batch.x)
+
+
+def test_the_balance_is_measured_on_the_clean_branch(tmp_path: Path) -> None:
+    """AR-AT's accuracy at an epoch's start is that of the auxiliary branch: spoil it, and the accuracy is chance."""
+    recipe = replace(RECIPES["ar_at"](epsilon=0.1), epochs=3, batch_size=16)
+    run = fit(recipe, toy(), tiny_net(), out=tmp_path / "run", settings=FP64)
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["measured"]["clean_accuracy"] for line in lines]
+    assert all(0 <= value <= 1 for value in measured)
+    assert measured[-1] > measured[0]
