@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 ROWS, TABLE = RESULTS / "methods-rows.jsonl", RESULTS / "methods.md"
 
 METHODS = (
-    *("standard", "pgd_at", "alp", "trades", "asym_trades", "mart"),
+    *("standard", "pgd_at", "alp", "trades", "asym_trades", "mart", "score"),
     *("awp", "rwp", "trades_awp", "mart_awp"),
     *("pgd_at_nmse", "piat", "piat_nmse", "piat_trades", "piat_mart"),
     *("ar_at", "ar_at_awp", "ar_at_piat", "iseat", "iseat_piat"),

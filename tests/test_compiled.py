@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from conftest import small_batch, small_network
+from holdfast import AsymmetricInvariance, SplitBatchNorm
 from holdfast.compilation import compile_in_place
+from holdfast.models.factory import build
 from holdfast.schedule import Progress
 from holdfast.step import AdversarialStep
 from parts import MAKE_OBJECTIVE, OneWeightStep, small_recipe
@@ -50,6 +52,27 @@ def test_compiled_trains_as_eager_does(name: str, views: tuple) -> None:
         return found
 
     assert losses(True) == pytest.approx(losses(False), rel=1e-4)
+
+
+def test_feature_taps_are_seen_after_a_warm_up_without_them() -> None:
+    """A clean warm-up compiles the network without taps; AR-AT's steps after it must not reuse that graph."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    batch = small_batch()
+    network = build("small_cnn", num_classes=5, channels=1, image_size=(8, 8), width=4)
+    objective = AsymmetricInvariance()
+    objective.prepare(network, batch.x[:2])
+    step = AdversarialStep(small_recipe(objective, views=(SplitBatchNorm(),)), network)
+    compile_in_place(network, backend="aot_eager")
+    graphs = []
+    for number in range(5):
+        progress = Progress(step=number, epochs=5, warmup_steps=2, measured={"clean_accuracy": 0.5})
+        terms = step(batch, progress)
+        terms["loss"].backward()
+        assert ("invariance" in terms) == (number >= 2)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == 1
+    assert graphs[2] == graphs[3] == graphs[4] == 4
 
 
 def test_one_graph_for_each_use_and_none_for_later_steps() -> None:

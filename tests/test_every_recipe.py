@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from conftest import small_batch
+from conftest import small_batch, small_network
 from holdfast import AsymmetricInvariance, Settings, fit, load_model
 from holdfast.data.sources import load
 from holdfast.errors import HoldfastError
@@ -124,7 +124,7 @@ def test_a_network_without_batchnorm_is_told_and_trained(tmp_path: Path) -> None
 def test_public_codes_noise_moves_both_sides(tmp_path: Path) -> None:
     """AR-AT's --paper-settings: the clean side sees x + U(-ε, ε), unclamped, and x_adv lies up to 2ε from x."""
     recipe = RECIPES["ar_at"](epsilon=0.1, paper_settings=True)
-    network, batch = tiny_net(), small_batch(rows=64)
+    network, batch = small_network(), small_batch(rows=64)
     recipe.objective.prepare(network, batch.x[:2])
     step = AdversarialStep(recipe, network)
     noisy = step.with_noise(batch, Progress(seed=1))
@@ -135,7 +135,7 @@ def test_public_codes_noise_moves_both_sides(tmp_path: Path) -> None:
     assert float((x_adv - noisy.x.clamp(0, 1)).abs().max()) <= 0.1 + 1e-5
     assert float((x_adv - batch.x).abs().max()) > 0.15
     assert 0 <= float(x_adv.min()) <= float(x_adv.max()) <= 1
-    plain = AdversarialStep(tiny_recipe(), tiny_net())
+    plain = AdversarialStep(tiny_recipe(), small_network())
     assert torch.equal(plain.with_noise(batch, Progress()).x, batch.x)
 
 

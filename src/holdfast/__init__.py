@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from holdfast.objectives.logit_stability import LogitStability as LogitStability
     from holdfast.objectives.mart import MART as MART
     from holdfast.objectives.normalized_mse import NormalizedMSE as NormalizedMSE
+    from holdfast.objectives.squared_probabilities import SquaredProbabilities as SquaredProbabilities
     from holdfast.objectives.standard import StandardTraining as StandardTraining
     from holdfast.objectives.trades import TRADES as TRADES
     from holdfast.recipe import Recipe as Recipe
@@ -60,6 +61,7 @@ _PLACES = {
     "AdversarialTraining": ("objectives.adversarial_training", "AdversarialTraining"),
     "Objective": ("objectives.base", "Objective"),
     "NormalizedMSE": ("objectives.normalized_mse", "NormalizedMSE"),
+    "SquaredProbabilities": ("objectives.squared_probabilities", "SquaredProbabilities"),
     "StandardTraining": ("objectives.standard", "StandardTraining"),
     "Recipe": ("recipe", "Recipe"),
     "load_model": ("runs.export", "load_model"),
@@ -108,6 +110,7 @@ __all__ = [  # noqa: RUF022 - in the order of use, not of the alphabet
     "LogitPairing",
     "TRADES",
     "MART",
+    "SquaredProbabilities",
     "AsymmetricTRADES",
     "AsymmetricInvariance",
     "LogitStability",

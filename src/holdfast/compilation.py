@@ -25,6 +25,8 @@ def compile_in_place(model: nn.Module, backend: str = "inductor") -> None:
         >>> [name for name, _ in model.named_parameters()]
         ['0.weight', '0.bias']
     """
+    # A forward with feature taps must not reuse the graph of one without: torch looks at hooks only if told to.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     call = model._call_impl
 
     def outermost(*arguments: Any, **keywords: Any) -> Any:

@@ -16,6 +16,7 @@ from holdfast.objectives.logit_pairing import LogitPairing
 from holdfast.objectives.logit_stability import LogitStability
 from holdfast.objectives.mart import MART
 from holdfast.objectives.normalized_mse import NormalizedMSE
+from holdfast.objectives.squared_probabilities import SquaredProbabilities
 from holdfast.objectives.standard import StandardTraining
 from holdfast.objectives.trades import TRADES
 from holdfast.views.split_batchnorm import SplitBatchNorm
@@ -29,6 +30,7 @@ OBJECTIVES: dict[str, type[Any]] = {
     "logit_pairing": LogitPairing,
     "trades": TRADES,
     "mart": MART,
+    "squared_probabilities": SquaredProbabilities,
     "asymmetric_trades": AsymmetricTRADES,
     "asymmetric_invariance": AsymmetricInvariance,
     "logit_stability": LogitStability,

@@ -42,6 +42,7 @@ RECIPES: dict[str, RecipeLine] = {
     "trades": RecipeLine(1.17, "TRADES, arXiv:1901.08573", "adversarial predictions are drawn to clean ones"),
     "asym_trades": RecipeLine(1.17, f"{_AR_AT}; our reading", "TRADES that leaves the clean prediction alone"),
     "mart": RecipeLine(1.13, "MART, Wang et al. 2020", "boosted cross-entropy; the pull is weighted by clean mistakes"),
+    "score": RecipeLine(1.17, "SCORE, arXiv:2202.10103", "squared distances of probabilities, not entropies"),
     "awp": RecipeLine(1.13, _AWP, "PGD-AT at weights perturbed uphill"),
     "rwp": RecipeLine(2.3, "RWP, arXiv:2205.14826", "AWP in ten steps, on images with small loss"),
     "trades_awp": RecipeLine(1.43, _AWP, "TRADES at weights perturbed uphill"),

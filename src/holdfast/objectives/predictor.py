@@ -50,11 +50,11 @@ def pooled_feature(output: Tensor) -> Tensor:
     Shapes:
         output: (B, D, H, W), (B, N, D) or (B, D). Returns (B, D), at least float32.
     """
-    if output.dtype in (torch.bfloat16, torch.float16):
-        output = output.float()
     rectified = F.relu(output)
-    if rectified.dim() == 4:
-        return rectified.mean((2, 3))
+    if rectified.dtype in (torch.bfloat16, torch.float16):
+        rectified = rectified.float()
+    if rectified.dim() == 4:  # avg_pool2d, because the gradient of mean is not laid out channels-last, and slow
+        return F.avg_pool2d(rectified, (rectified.shape[2], rectified.shape[3])).flatten(1)
     if rectified.dim() == 3:
         return rectified.mean(1)
     if rectified.dim() == 2:

@@ -8,7 +8,7 @@ from holdfast.errors import unknown_name
 from holdfast.recipe import Recipe
 from holdfast.recipes.ar_at import ar_at, ar_at_awp, ar_at_piat, ar_at_swa
 from holdfast.recipes.baselines import pgd_at, pgd_at_swa, pgd_at_wa, seat, standard
-from holdfast.recipes.clean_and_adversarial import alp, asym_trades, mart, trades
+from holdfast.recipes.clean_and_adversarial import alp, asym_trades, mart, score, trades
 from holdfast.recipes.iseat import (
     iseat,
     iseat_eq7,
@@ -26,7 +26,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     function.__name__: function
     for function in (
         *(standard, pgd_at, pgd_at_wa, pgd_at_swa, seat),
-        *(alp, trades, asym_trades, mart),
+        *(alp, trades, asym_trades, mart, score),
         *(awp, rwp, trades_awp, mart_awp),
         *(pgd_at_nmse, piat, piat_nmse, piat_trades, piat_mart),
         *(ar_at, ar_at_swa, ar_at_awp, ar_at_piat),
