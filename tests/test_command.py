@@ -453,6 +453,15 @@ def test_plain_options_reach_the_run(data: Path, tmp_path: Path) -> None:
     assert ["validation" in line for line in metrics(out)] == [False, True]
 
 
+def test_paper_settings_of_settings_that_are_already_chosen(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(data, tmp_path / "a", epochs=1) == 0
+    told = refused(capsys, "train", "--config", tmp_path / "a" / "config.yaml", "--paper-settings")
+    assert "leave it out" in told
+    assert "leave it out" in refused(capsys, "train", "--resume", "--out", tmp_path / "a", "--paper-settings")
+
+
 def test_paper_settings(data: Path, tmp_path: Path) -> None:
     """They reach the attack, the average and the optimiser of the recipes that have some."""
     assert train(data, tmp_path / "a", "--paper-settings", epochs=1) == 0

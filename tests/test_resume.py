@@ -417,3 +417,17 @@ def test_the_command_says_when_there_is_nothing_to_resume(tmp_path: Path, capsys
     assert_same(summary(out), before)
     assert_same(metrics(out), lines)
     assert [path.name for path in full.iterdir()] == ["letter.txt"]
+
+
+def test_a_run_begun_from_weights_goes_on_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint holds the weights: the run they came from may be gone by then."""
+    source = fit(tiny_recipe(epochs=1), toy(), tiny_net(), out=tmp_path / "source", settings=FP32).path
+    file = source / "model" / "model.safetensors"
+    settings = {"recipe": tiny_recipe(), "data": toy(), "model": tiny_net(), "settings": FP32, "init": file}
+    whole = fit(**settings, out=tmp_path / "whole").path
+    stop_at(monkeypatch, 3, ask)
+    with pytest.raises(Interrupted):
+        fit(**settings, out=tmp_path / "run")
+    monkeypatch.undo()
+    file.unlink()
+    assert_same_run(fit(**settings, out=tmp_path / "run", resume=True).path, whole)

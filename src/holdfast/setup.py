@@ -137,8 +137,11 @@ def prepare(
     settings: Settings,
     init: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
+    started: bool = False,
 ) -> Setup:
     """Load, split, build and check everything before the first step.
+
+    A run that has `started` takes its weights from its checkpoint: `init` is then only remembered.
 
     Raises:
         HoldfastError: bad input; the message says what to do.
@@ -182,7 +185,7 @@ def prepare(
     if batch_size < distributed.world_size():
         raise HoldfastError(f"a batch of {batch_size} cannot be split over {distributed.world_size()} processes")
     network, spec = build_model(model, dataset, training, seed, options or {})
-    if init is not None:
+    if init is not None and not started:
         source = Path(init) if str(init).endswith(".safetensors") else model_folder(Path(init)) / "model.safetensors"
         load_weights(network, read_weights(source), source)
     network = network.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it

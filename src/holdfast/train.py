@@ -73,8 +73,16 @@ def fit(
     """
     started = distributed.start_from_environment()
     try:
+        began = resume and out is not None and RunFolder(Path(out)).latest is not None
         setup = prepare(
-            recipe, data, model, seed=seed, settings=settings or Settings(), init=init, options=model_options
+            recipe,
+            data,
+            model,
+            seed=seed,
+            settings=settings or Settings(),
+            init=init,
+            options=model_options,
+            started=began,
         )
         shown = display if display is not None and distributed.rank() == 0 else Display()
         path = Path(out) if out is not None else _default_folder(setup)

@@ -121,6 +121,8 @@ def configure(asked: Namespace, rest: Sequence[str], folder: Path | None) -> tup
     from holdfast.runs.folder import CONFIG, read_config
 
     resuming = asked.resume and folder is not None and (folder / CONFIG).exists()
+    if asked.paper_settings and (resuming or asked.config):
+        raise HoldfastError("--paper-settings chooses a recipe's settings, and these are already chosen: leave it out")
     if resuming and folder is not None:
         config = read_config(folder / CONFIG)
         if asked.recipe and asked.recipe.lower().replace("-", "_") != config.get("recipe"):
