@@ -398,17 +398,20 @@ def test_overrides_reach_the_objects() -> None:
     ]
     words += ["--objective.strength={knots: [[0, 0], [1, 4]]}", "--schedule.knots=[[0, 1], [0.5, 0.2]]"]
     words += ["--averages.interpolation.coefficients=[1, 1, 2, 20]"]
+    words += ["--views.worst_weights.gamma=0.005", "--views.worst_weights.sides=[clean, adv]"]
+    words += ["--views.worst_weights.below=1.7", "--views.split_batchnorm.sides=[clean]"]
     config = override(base(), words)
     recipe = build_recipe(config)
     assert (recipe.attack.steps, recipe.attack.step_size, recipe.attack.statistics) == (3, 2 / 255, "batch")
     assert recipe.objective.detach_weight is True
     assert value_at(recipe.objective.strength, Progress(step=1, epochs=4)) == 1.0
-    assert [type(average).__name__ for average in recipe.averages] == ["EMA", "Interpolation"] or [
-        type(average).__name__ for average in recipe.averages
-    ] == ["Interpolation", "EMA"]
+    assert [type(average).__name__ for average in recipe.averages] == ["Interpolation", "EMA"]
     parts = {type(average).__name__: average for average in recipe.averages}
     assert (parts["EMA"].decay, parts["EMA"].warm_up) == (0.9, False)
     assert parts["Interpolation"].coefficients == (1, 1, 2, 20)
+    views = {type(view).__name__: view for view in recipe.views}
+    assert (views["WorstWeights"].gamma, views["WorstWeights"].below) == (0.005, 1.7)
+    assert (views["WorstWeights"].sides, views["SplitBatchNorm"].sides) == (("clean", "adv"), ("clean",))
     assert (recipe.optimizer.learning_rate, recipe.optimizer.nesterov, recipe.optimizer.momentum) == (0.3, True, 0.9)
     assert recipe.schedule.knots == ((0, 1), (0.5, 0.2))
     assert recipe.schedule.interpolation == "step"
@@ -419,7 +422,9 @@ def test_overrides_reach_the_objects() -> None:
 
 
 def test_overrides_of_averages_that_are_there_keep_their_order() -> None:
-    """A setting of the EMA does not move it, and a new average comes last."""
+    """A setting of the EMA does not move it, and a new average comes last, unless it writes into what others read."""
+    config = override(base("pgd_at_wa"), ["--averages.swa.begin=0.2", "--averages.interpolation.weight=0.5"])
+    assert [average["name"] for average in config["averages"]] == ["interpolation", "ema", "swa"]
     config = override(base("piat"), ["--averages.ema.decay=0.9", "--averages.interpolation.weight=0.5"])
     assert [average["name"] for average in config["averages"]] == ["interpolation", "ema"]
     assert config["averages"][0]["weight"] == 0.5

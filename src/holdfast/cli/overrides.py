@@ -66,10 +66,9 @@ def override(config: Mapping[str, Any], words: Sequence[str], plain: Sequence[st
     for section, _, table in LISTS:
         parts = config.get(section) or []
         present = [part["name"] for part in parts]
-        config[section] = [
-            *parts,
-            *({"name": name} for name in table if (section, name) in touched and name not in present),
-        ]
+        new = [{"name": name} for name in table if (section, name) in touched and name not in present]
+        first = [part for part in new if getattr(table[part["name"]], "writes_back", False)]  # others read its result
+        config[section] = [*first, *parts, *(part for part in new if part not in first)]
         for part in config[section]:
             part.update(read[section][part["name"]])
     return config
