@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from holdfast import distributed
 from holdfast.attacks.fgsm import FGSM
@@ -113,3 +115,16 @@ def small_recipe(objective: Objective | None = None, **changes: Any) -> Recipe:
         "batch_size": 12,
     }
     return Recipe(**{**settings, **changes})
+
+
+class CountedFlops(TorchDispatchMode):
+    """Sums torch's own FLOP formulas. (`FlopCounterMode` hooks modules, which autograd.grad cannot take.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out

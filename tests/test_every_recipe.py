@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from conftest import small_batch, small_network
 from holdfast import AsymmetricInvariance, Settings, fit, load_model
@@ -19,8 +17,10 @@ from holdfast.errors import HoldfastError
 from holdfast.models.factory import build
 from holdfast.progress_display import Display
 from holdfast.recipes import RECIPES
-from holdfast.schedule import Progress
+from holdfast.schedule import Progress, constant, piecewise
+from holdfast.setup import prepare
 from holdfast.step import AdversarialStep
+from parts import CountedFlops
 from tiny_runs import FP64, metrics, tiny_net, tiny_recipe, toy, weights
 
 EVERY = pytest.mark.parametrize("name", RECIPES)
@@ -55,19 +55,6 @@ def test_paper_settings_make_a_recipe_too(name: str) -> None:
         assert recipe.name == name
         assert recipe.threat.epsilon == pytest.approx(8 / 255)
         assert recipe.passes() == pytest.approx(RECIPES[name](epsilon="8/255").passes())
-
-
-class CountedFlops(TorchDispatchMode):
-    """Sums torch's own FLOP formulas."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 @EVERY
@@ -119,6 +106,14 @@ def test_a_network_without_batchnorm_is_told_and_trained(tmp_path: Path) -> None
     assert any("no BatchNorm" in line for line in told)
     with pytest.raises(HoldfastError, match=r"--objective\.layers"):
         fit(RECIPES["ar_at"](epsilon=0.1), toy(), tiny_net(norm=False), out=tmp_path / "other", settings=FP64)
+
+
+def test_a_part_that_never_comes_on_is_told(tmp_path: Path) -> None:
+    """ISEAT's stability waits for the learning rate to drop."""
+    for schedule, expected in ((constant(1.0), True), (piecewise((0, 1), (0.5, 0.1)), False)):
+        recipe = replace(RECIPES["iseat"](epsilon=0.1), schedule=schedule, epochs=1)
+        notes = prepare(recipe, toy(), tiny_net(), seed=0, settings=FP64).notes
+        assert any("stays off" in note for note in notes) == expected
 
 
 def test_public_codes_noise_moves_both_sides(tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from conftest import small_batch, small_network
 from holdfast.attacks.base import input_gradient
@@ -22,7 +20,7 @@ from holdfast.objectives.standard import StandardTraining
 from holdfast.schedule import Progress, linear
 from holdfast.step import AdversarialStep
 from holdfast.threat import Linf
-from parts import OneWeightStep, small_recipe
+from parts import CountedFlops, OneWeightStep, small_recipe
 
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -293,19 +291,6 @@ def test_warm_up_is_clean_and_attacks_nobody(network: nn.Module, batch: Batch) -
     assert set(step(batch, Progress(step=1, warmup_steps=2))) == {"loss", "clean_ce"}
     with pytest.raises(AssertionError, match="attacked"):
         step(batch, Progress(step=2, warmup_steps=2))
-
-
-class CountedFlops(TorchDispatchMode):
-    """Sums torch's own FLOP formulas. (`FlopCounterMode` hooks modules, which autograd.grad cannot take.)"""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 @pytest.mark.parametrize(

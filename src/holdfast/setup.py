@@ -26,6 +26,7 @@ from holdfast.models.factory import accepted, build
 from holdfast.recipe import Recipe
 from holdfast.runs.environment import supports_bf16
 from holdfast.runs.export import load_weights, model_description, model_folder, read_weights
+from holdfast.schedule import Progress
 from holdfast.threat import readable
 
 Precision = Literal["auto", "bf16", "fp32", "fp64"]
@@ -233,6 +234,12 @@ def told(
     ]
     if batch_size < recipe.batch_size:
         notes.append(f"batch size lowered from {recipe.batch_size} to {batch_size}: there are no more training images")
+    last = Progress(step=999, epochs=1000, stage=recipe.schedule.stage(0.999))
+    if recipe.passes(last) < recipe.passes():
+        notes.append(
+            "a part of the method waits for the learning rate to drop, which this schedule never does: it stays off;"
+            " give another --schedule.knots, or a fixed strength"
+        )
     if recipe.objective.couples_batch and distributed.active():
         notes.append("a loss term compares the rows of a batch: each process compares its own share only")
     return notes
