@@ -51,7 +51,11 @@ STUDIES: dict[str, dict[str, Any]] = {
     "pgd_at_nmse, learning rate 0.02": {"learning_rate": 0.02},
     "mart_awp, clean warm-up": {"warmup": 1 / 12},
     "mart_awp, learning rate 0.02": {"learning_rate": 0.02},
+    "mart, clean warm-up": {"warmup": 1 / 12},
+    "mart, learning rate 0.02": {"learning_rate": 0.02},
+    "piat_mart, clean warm-up": {"warmup": 1 / 12},
     "trades, learning rate 0.02": {"learning_rate": 0.02},
+    "trades, beta 2": {"objective": ("trades", {"beta": 2.0})},
     "piat, fixed 0.3": {"interpolation": {"weight": 0.3}},
     "piat, n to 120": {"interpolation": {"scale_n": 120}},
     "piat, every 5 steps": {"interpolation": {"period": 5}},
@@ -142,12 +146,16 @@ def finetuned(method: str, epsilon: float, epochs: int, batch: int) -> Any:
 def studied(name: str, epsilon: float, epochs: int, batch: int) -> Any:
     """A method of the arm plain with one thing changed."""
     from holdfast.averages.interpolation import Interpolation
+    from holdfast.components import OBJECTIVES
     from holdfast.recipes import RECIPES
 
     changes = dict(STUDIES[name])
     recipe = plain(RECIPES[name.partition(",")[0]](epsilon=epsilon), epochs * changes.pop("times", 1), batch)
     if "learning_rate" in changes:
         recipe = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=changes.pop("learning_rate")))
+    if "objective" in changes:
+        kind, settings = changes.pop("objective")
+        recipe = replace(recipe, objective=OBJECTIVES[kind](**settings))
     if "interpolation" in changes:
         recipe = replace(recipe, averages=(Interpolation(**changes.pop("interpolation")),))
     return replace(recipe, **changes)

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from holdfast import PGD, load_model
+from holdfast import PGD, HoldfastError, load_model
 from holdfast.cli import demo, evaluate, table
 from holdfast.cli import train as train_verb
 from holdfast.cli.listing import TABLES
@@ -231,7 +231,7 @@ def test_the_issues_options_exist() -> None:
         (["train", "pgd_at", "--data", "digits", "--attack.steps", "-1"], "steps is -1"),
         (["train", "pgd_at", "--data", "digits", "--attack.step_size", "2"], "write 2/255 if that was meant"),
         (["train", "pgd_at", "--data", "digits", "--averages.ema.decay", "1.5"], "EMA decay is 1.5"),
-        (["train", "pgd_at", "--data", "digits", "--averages.ema.buffers", "x"], "'x' is no Literal['average'"),
+        (["train", "pgd_at", "--data", "digits", "--averages.ema.buffers", "x"], "'x' is unknown: use average or keep"),
         (["train", "pgd_at", "--data", "digits", "--schedule.knots", "5"], "'5' is no list"),
         (["train", "pgd_at", "--data", "digits", "--schedule.knots", "[[1, 0], [0, 1]]"], "rising positions"),
         (["train", "pgd_at", "--data", "digits", "--optimizer.momentum", "fast"], "'fast' is no float or schedule"),
@@ -419,6 +419,33 @@ def test_overrides_reach_the_objects() -> None:
     settings = Settings(**config["training"])
     assert (settings.compile, settings.flip, settings.test_images) == (True, False, None)
     assert config["model"] == {"name": "small_cnn", "width": 7}
+
+
+def test_a_part_is_added_by_its_whole_settings_and_taken_out_by_none() -> None:
+    """Both forms of the same option, and its opposite."""
+    for words in (["--views.worst_weights={gamma: 0.1}"], ["--views.worst_weights.gamma=0.1"]):
+        (view,) = override(base("pgd_at"), words)["views"]
+        assert (view["name"], view["gamma"]) == ("worst_weights", 0.1)
+    config = override(base("piat"), ["--averages.interpolation=none", "--averages.ema={decay: 0.9}"])
+    assert [average["name"] for average in config["averages"]] == ["ema"]
+    assert override(base("ar_at"), ["--views.split_batchnorm=null"])["views"] == []
+    with pytest.raises(HoldfastError, match="did you mean ema"):
+        override(base("piat"), ["--averages.emma=none"])
+
+
+def test_another_epsilon_takes_along_what_the_recipe_made_of_it(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step, the training ball and the noise of a configuration are absolute: they follow epsilon."""
+    assert train(data, tmp_path / "a", "--attack.step_size", 0.02, recipe="iseat_svhn", epochs=1) == 0
+    words = ["--threat.epsilon", 0.025, "--out", tmp_path / "b"]
+    assert command("train", "--config", tmp_path / "a" / "config.yaml", *words) == 0
+    assert "in proportion" in capsys.readouterr().err
+    before, after = configured(tmp_path / "a"), configured(tmp_path / "b")
+    assert after["attack"]["step_size"] == pytest.approx(0.005)
+    assert before["train_ball"]["knots"][-1][1] == pytest.approx(0.1)
+    assert after["train_ball"]["knots"][-1][1] == pytest.approx(0.025)
+    assert before["attack"]["step_size"] == 0.02
 
 
 def test_overrides_of_averages_that_are_there_keep_their_order() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from conftest import small_batch, small_network
-from holdfast import AsymmetricInvariance, Settings, fit, load_model
+from holdfast import L2, AsymmetricInvariance, Batch, Settings, View, WorstWeights, fit, load_model
 from holdfast.data.sources import load
 from holdfast.errors import HoldfastError
 from holdfast.models.factory import build
@@ -135,10 +135,60 @@ def test_public_codes_noise_moves_both_sides(tmp_path: Path) -> None:
 
 
 def test_the_balance_is_measured_on_the_clean_branch(tmp_path: Path) -> None:
-    """AR-AT's accuracy at an epoch's start is that of the auxiliary branch: spoil it, and the accuracy is chance."""
-    recipe = replace(RECIPES["ar_at"](epsilon=0.1), epochs=3, batch_size=16)
+    """AR-AT's accuracy at an epoch's start is that of the auxiliary branch, and reaches the loss."""
+    seen = []
+
+    def measure(view: View, batches: Iterable[Batch]) -> float:
+        seen.append((view.branch, view.statistics, sum(len(batch.y) for batch in batches)))
+        return 0.25
+
+    objective = AsymmetricInvariance()
+    objective.measures = (replace(objective.measures[0], measure=measure, images=40),)
+    recipe = replace(RECIPES["ar_at"](epsilon=0.1), objective=objective, epochs=2, batch_size=16)
     run = fit(recipe, toy(), tiny_net(), out=tmp_path / "run", settings=FP64)
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    measured = [line["measured"]["clean_accuracy"] for line in lines]
-    assert all(0 <= value <= 1 for value in measured)
-    assert measured[-1] > measured[0]
+    assert seen == [("aux", "eval", 48)] * 2
+    assert [line["measured"] for line in metrics(run.path)] == [{"clean_accuracy": 0.25}] * 2
+    measured = [objective.weights(Progress(measured={"clean_accuracy": value})) for value in (0.25, 1.0)]
+    assert measured == [(0.25, 0.75), (1.0, 0.0)]
+
+
+def test_an_own_loop_gets_the_methods_stage_from_the_recipes_schedule() -> None:
+    """ISEAT's strength waits for the learning rate to drop, which nobody tells the step outside `fit`."""
+    step = AdversarialStep(RECIPES["iseat"](epsilon=0.1), small_network())
+    for epoch, expected in ((99, False), (100, True)):
+        terms = step(small_batch(), Progress(step=epoch, epoch=epoch, epochs=200))
+        assert ("stability" in terms) == expected
+    assert "stability" in step(small_batch(), Progress(step=5)), "without a length the run is at its end"
+
+
+def test_a_method_that_needs_the_networks_sizes_says_so_before_an_optimiser_is_made() -> None:
+    recipe = RECIPES["ar_at"](epsilon=0.1)
+    with pytest.raises(HoldfastError, match="before AdversarialStep"):
+        AdversarialStep(recipe, small_network())
+    network, batch = small_network(), small_batch(rows=1)
+    recipe.objective.prepare(network, batch.x)
+    step = AdversarialStep(recipe, network)
+    with pytest.raises(HoldfastError, match="two or more images"):
+        step(batch, Progress(measured={"clean_accuracy": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [
+        (lambda: RECIPES["ar_at"](epsilon=L2(0.5), paper_settings=True), "set it to 0, or use Linf"),
+        (
+            lambda: replace(RECIPES["awp"](epsilon=0.1), views=(WorstWeights(), WorstWeights(gamma=0.1))),
+            "keep one of them",
+        ),
+        (lambda: AdversarialStep(RECIPES["awp"](epsilon=0.1), nn.BatchNorm2d(1)), "leave WorstWeights out"),
+    ],
+)
+def test_combinations_that_make_no_sense(make: Callable[[], object], advice: str) -> None:
+    with pytest.raises(HoldfastError, match=advice):
+        make()
+
+
+def test_fine_tuning_from_scratch_is_told() -> None:
+    for name in ("iseat_finetune", "lsi_finetune", "trades_awp_finetune", "iseat_eq7", "iseat"):
+        notes = prepare(RECIPES[name](epsilon=0.1), toy(), tiny_net(), seed=0, settings=FP64).notes
+        assert any("--init" in note for note in notes) == (name != "iseat")

@@ -17,7 +17,19 @@ import torch
 from torch import Tensor, nn
 
 import holdfast
-from holdfast import EMA, PGD, Interpolation, NormalizedMSE, Objective, Settings, StandardTraining, fit, recipes
+from holdfast import (
+    EMA,
+    PGD,
+    SWA,
+    Interpolation,
+    NormalizedMSE,
+    Objective,
+    Settings,
+    SplitBatchNorm,
+    StandardTraining,
+    fit,
+    recipes,
+)
 from holdfast.averages.base import Average
 from holdfast.compilation import compile_in_place
 from holdfast.data.images import Dataset, Images
@@ -369,6 +381,35 @@ def test_statistics_are_reestimated(how: str, tmp_path: Path, monkeypatch: pytes
         assert all(float((a - c).abs().max()) > 0.05 for a, c in zip(inputs, clean, strict=True))
         model = newest_checkpoint(run.path)["step"]
         assert not torch.equal(model["model.1.running_mean"], state["1.running_mean"])  # the network's own are left
+
+
+@pytest.mark.parametrize("how", ["clean", "adversarial"])
+@pytest.mark.parametrize("images", [None, 20])
+def test_every_branch_is_reestimated_on_its_own_kind(
+    how: str, images: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Split: auxiliary statistics from clean images, the main ones from adversarial ones whatever the average says."""
+    found: list[tuple[Tensor, Tensor]] = []
+    real = AdversarialStep.find
+
+    def kept(self: AdversarialStep, batch: Batch, *arguments: Any, **more: Any) -> Any:
+        result = real(self, batch, *arguments, **more)
+        if more.get("model") is not None:
+            found.append((batch.x, result.x_adv))
+        return result
+
+    monkeypatch.setattr(AdversarialStep, "find", kept)
+    average = SWA(begin=0.0, buffers=how, images=images)
+    recipe = tiny_recipe(objective=NormalizedMSE(), views=(SplitBatchNorm(),), averages=(average,), epochs=1)
+    run = fit(recipe, toy(), tiny_net(), out=tmp_path / "run", settings=FP64)
+    (shadow,) = (state["shadow"] for state in newest_checkpoint(run.path)["ranks"][0]["averages"])
+    assert len(found) == (STEPS if images is None else 2)
+    for branch, inputs in (("1.aux.", [x for x, _ in found]), ("1.", [x_adv for _, x_adv in found])):
+        hidden = [nn.functional.conv2d(x, shadow["0.weight"], shadow["0.bias"], stride=2, padding=1) for x in inputs]
+        mean = torch.stack([h.mean((0, 2, 3)) for h in hidden]).mean(0)
+        torch.testing.assert_close(shadow[f"{branch}running_mean"], mean, rtol=0, atol=1e-10)
+    assert torch.equal(weights(run.path)["1.running_mean"], shadow["1.running_mean"])
+    assert not torch.allclose(shadow["1.running_mean"], shadow["1.aux.running_mean"], atol=1e-4)
 
 
 def test_reestimation_leaves_what_a_model_does_not_save(tmp_path: Path) -> None:

@@ -13,7 +13,16 @@ from holdfast.recipe import SGD, Recipe
 from holdfast.schedule import Schedule
 from holdfast.threat import THREATS
 
-SCALARS = ("epochs", "batch_size", "warmup", "label_smoothing", "gradient_clip", "input_noise", "train_ball")
+SCALARS = (
+    "epochs",
+    "batch_size",
+    "warmup",
+    "label_smoothing",
+    "gradient_clip",
+    "input_noise",
+    "train_ball",
+    "fine_tuning",
+)
 """Fields of a recipe that are plain numbers or schedules."""
 
 

@@ -229,7 +229,8 @@ class Loop:
 
     def metrics_line(self, progress: Progress) -> dict[str, Any]:
         """The epoch's means, over all processes."""
-        means = {name: (total / count).reshape(1) for name, (total, count) in self.sums.items()}
+        steps = max((count for _, count in self.sums.values()), default=1)  # where a term was absent, it was 0
+        means = {name: (total / steps).reshape(1) for name, (total, _) in self.sums.items()}
         distributed.average_in_place(list(means.values()))
         now = time.monotonic()
         self.seconds, self.clock = self.seconds + now - self.clock, now
@@ -304,9 +305,14 @@ class Loop:
         self.evaluated.load_state_dict({name: state[name] for name in self.evaluated.state_dict()})
         others = set(getattr(self.step, "branches", {}).values())
 
+        adversarial = average.reestimate == "adversarial" or bool(others)  # a split main branch never sees clean ones
+
         def images(batch: Batch) -> dict[str, Tensor]:
+            if not isinstance(self.step, AdversarialStep) or self.step.attack is None:
+                return {"main": batch.x}
+            batch = self.step.with_noise(batch, progress)
             x = batch.x
-            if average.reestimate == "adversarial" and isinstance(self.step, AdversarialStep) and self.step.attack:
+            if adversarial:
                 x = self.step.find(batch, self.step.objective, progress, model=self.evaluated).x_adv
             return {"main": x, **dict.fromkeys(others, batch.x)}
 

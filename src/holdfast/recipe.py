@@ -63,6 +63,7 @@ class Recipe:
         batch_size: Images a step, over all processes.
         label_smoothing: s of `smooth_labels`.
         gradient_clip: Largest norm of the gradient, or None.
+        fine_tuning: The method begins from a trained network; a run without --init is told so.
         step: What makes one step of it; None for `AdversarialStep`.
 
     Raises:
@@ -85,6 +86,7 @@ class Recipe:
     batch_size: int = 128
     label_smoothing: float = 0.0
     gradient_clip: float | None = None
+    fine_tuning: bool = False
     step: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
@@ -118,6 +120,16 @@ class Recipe:
                     f"{type(view).__name__} works on side {missing[0]!r}, which {type(self.objective).__name__} never"
                     f" runs (it runs {', '.join(sides)}): choose other sides, or another objective"
                 )
+        searched = [side for view in self.views for side in view.perturbs]
+        if len(set(searched)) < len(searched):
+            raise HoldfastError(
+                "two weight perturbations work on one side, and the second would drop the first's: keep one of them"
+            )
+        if self.threat.norm != "Linf" and value_at(self.input_noise, self._end()) > 0:
+            raise HoldfastError(
+                f"input_noise is uniform in every pixel, which {self.threat.norm} does not bound: set it to 0, or use"
+                " Linf"
+            )
         writing = [type(average).__name__ for average in self.averages if average.writes_back]
         if len(writing) > 1:
             raise HoldfastError(

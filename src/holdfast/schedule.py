@@ -22,7 +22,7 @@ class Progress:
         steps_per_epoch: Optimiser steps an epoch.
         epochs: Length of the whole run.
         warmup_steps: The first so many steps train on clean images only.
-        stage: How often the learning rate has dropped so far.
+        stage: How often the learning rate has dropped so far; None lets `AdversarialStep` ask the recipe's schedule.
         replay: Which replay of the same batch this is (Free-AT), from 0.
         measured: What the objective asked to be measured at the epoch's start.
         seed: The run's seed; all keyed randomness starts from it.
@@ -33,7 +33,7 @@ class Progress:
     steps_per_epoch: int = 1
     epochs: int = 1
     warmup_steps: int = 0
-    stage: int = 0
+    stage: int | None = None
     replay: int = 0
     measured: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
@@ -120,7 +120,7 @@ class Schedule:
         return knots[-1][1]
 
     def __call__(self, progress: Progress) -> float:
-        return self.at(getattr(progress, self.by))
+        return self.at(getattr(progress, self.by) or 0)
 
     def stage(self, fraction: float) -> int:
         """How often the value has started to drop by this fraction of the run: a learning-rate schedule's stages."""

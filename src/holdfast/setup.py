@@ -156,39 +156,19 @@ def prepare(
     dtype = torch.float64 if precision == "fp64" else torch.float32
     parts = {name: getattr(recipe, name) for name in ("attack", "objective", "views", "averages", "networks")}
     recipe = replace(recipe, **copy.deepcopy(parts))  # the caller's own stay as they are
-    count = min(settings.validation_images, len(dataset.train) // 10)
-    if count < 1:
-        raise HoldfastError(
-            f"{len(dataset.train)} training images are too few to hold out a validation part: give ten or more"
-        )
-    kept, held = stratified_split(dataset.train.labels, count, seed)
-    training, validation = dataset.train.subset(kept), dataset.train.subset(held)
+    training, validation = hold_out(dataset, settings, seed)
     batch_size = min(recipe.batch_size, len(training))
     flip = dataset.flip if settings.flip is None else settings.flip
     padding = settings.padding
     if padding is None:
         padding = default_padding(*dataset.image_size) if dataset.crop else 0
     settings = replace(settings, flip=flip, padding=padding, precision=precision)  # type: ignore[arg-type]  # a resolved word
-    loader = Loader(
-        images=training.to(device),
-        num_classes=dataset.num_classes,
-        batch_size=batch_size,
-        seed=seed,
-        flip=flip,
-        padding=padding,
-        label_smoothing=recipe.label_smoothing,
-        second_view=settings.second_view,
-        drop_last=settings.drop_last,
-        dtype=dtype,
-        rank=distributed.rank(),
-        world=distributed.world_size(),
-    )
+    loader = make_loader(recipe, dataset, training.to(device), settings, batch_size, seed, dtype)
     if batch_size < distributed.world_size():
         raise HoldfastError(f"a batch of {batch_size} cannot be split over {distributed.world_size()} processes")
     network, spec = build_model(model, dataset, training, seed, options or {})
     if init is not None and not started:
-        source = Path(init) if str(init).endswith(".safetensors") else model_folder(Path(init)) / "model.safetensors"
-        load_weights(network, read_weights(source), source)
+        load_initial(network, init)
     network = network.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     first = torch.arange(min(8, len(training)), device=device)
     sample = to_pixels(loader.images.pixels[first], dtype)
@@ -211,8 +191,57 @@ def prepare(
         seed=seed,
         config=config,
         description=description(recipe, dataset, spec),
-        notes=(*dataset.notes, *told(recipe, dataset, settings, device, batch_size, training, validation)),
+        notes=(
+            *dataset.notes,
+            *told(recipe, dataset, settings, device, batch_size, training, validation),
+            *recipe_notes(recipe, init),
+        ),
     )
+
+
+def hold_out(dataset: Dataset, settings: Settings, seed: int) -> tuple[Images, Images]:
+    """What is trained on, and the part that chooses the best checkpoint."""
+    count = min(settings.validation_images, len(dataset.train) // 10)
+    if count < 1:
+        raise HoldfastError(
+            f"{len(dataset.train)} training images are too few to hold out a validation part: give ten or more"
+        )
+    kept, held = stratified_split(dataset.train.labels, count, seed)
+    return dataset.train.subset(kept), dataset.train.subset(held)
+
+
+def make_loader(
+    recipe: Recipe,
+    dataset: Dataset,
+    training: Images,
+    settings: Settings,
+    batch_size: int,
+    seed: int,
+    dtype: torch.dtype,
+) -> Loader:
+    """This process's batches."""
+    assert settings.flip is not None  # both are resolved by now
+    assert settings.padding is not None
+    return Loader(
+        images=training,
+        num_classes=dataset.num_classes,
+        batch_size=batch_size,
+        seed=seed,
+        flip=settings.flip,
+        padding=settings.padding,
+        label_smoothing=recipe.label_smoothing,
+        second_view=settings.second_view,
+        drop_last=settings.drop_last,
+        dtype=dtype,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+    )
+
+
+def load_initial(network: nn.Module, init: str | Path) -> None:
+    """Begin from the weights of a run, a model folder or a file."""
+    source = Path(init) if str(init).endswith(".safetensors") else model_folder(Path(init)) / "model.safetensors"
+    load_weights(network, read_weights(source), source)
 
 
 def told(
@@ -234,14 +263,22 @@ def told(
     ]
     if batch_size < recipe.batch_size:
         notes.append(f"batch size lowered from {recipe.batch_size} to {batch_size}: there are no more training images")
+    if recipe.objective.couples_batch and distributed.active():
+        notes.append("a loss term compares the rows of a batch: each process compares its own share only")
+    return notes
+
+
+def recipe_notes(recipe: Recipe, init: str | Path | None) -> list[str]:
+    """What is odd about this use of the recipe, though it is allowed."""
+    notes = []
     last = Progress(step=999, epochs=1000, stage=recipe.schedule.stage(0.999))
     if recipe.passes(last) < recipe.passes():
         notes.append(
             "a part of the method waits for the learning rate to drop, which this schedule never does: it stays off;"
             " give another --schedule.knots, or a fixed strength"
         )
-    if recipe.objective.couples_batch and distributed.active():
-        notes.append("a loss term compares the rows of a batch: each process compares its own share only")
+    if recipe.fine_tuning and init is None:
+        notes.append(f"{recipe.name} fine-tunes a trained network, and this one is new: begin from one with --init RUN")
     return notes
 
 

@@ -73,6 +73,11 @@ class AdversarialStep(nn.Module):
         self.attack: Attack | None = recipe.attack
         self.networks = nn.ModuleDict(dict(recipe.networks))
         self.view_transforms = recipe.views
+        if not self.objective.is_prepared:
+            raise HoldfastError(
+                f"{type(self.objective).__name__} must know the network's sizes: call objective.prepare(model, x) with"
+                " a few images before AdversarialStep is made"
+            )
         self.precision = precision
         self.check_finite = check_finite
         for transform in self.view_transforms:
@@ -81,6 +86,8 @@ class AdversarialStep(nn.Module):
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         if self.check_finite and not (distributed.active() and len(batch.y) == 0):  # a process may get no rows
             checks.check_batch(batch)
+        if progress.stage is None:
+            progress = replace(progress, stage=self.recipe.schedule.stage(progress.fraction))
         objective = self.warmup_objective if progress.warming_up else self.objective
         sides = objective.sides(progress)
         device = batch.x.device.type

@@ -21,7 +21,8 @@ class Average:
     Attributes:
         writes_back: The model itself is changed (PIAT); otherwise a shadow is kept (EMA, SWA).
         reestimate: The loop re-estimates BatchNorm's running statistics of what this average wrote or exports, on
-            such inputs, at every epoch's end; None where it need not.
+            such inputs, at every epoch's end; None where it need not. Where `SplitBatchNorm` gave clean images a branch
+            of their own, that one is re-estimated on clean and the main one on adversarial images in any case.
         reestimate_images: How many training images that takes; None for all.
     """
 

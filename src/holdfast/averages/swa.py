@@ -24,8 +24,8 @@ class SWA(Average):
         begin: Share of the run in [0, 1) after which averaging begins.
         period: Steps between averagings, counted from the run's start; None for every epoch's end.
         buffers: BatchNorm's running statistics are averaged like parameters (``"average"``), taken from the model
-            (``"keep"``), or re-estimated on ``"clean"`` or ``"adversarial"`` training images before every validation.
-            Integer buffers are always the model's.
+            (``"keep"``), or re-estimated on ``"clean"`` or ``"adversarial"`` training images before every validation
+            (split branches each on their own kind). Integer buffers are always the model's.
         images: How many training images the re-estimation sees; None for all.
 
     Shapes:

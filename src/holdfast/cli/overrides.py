@@ -51,7 +51,9 @@ def override(config: Mapping[str, Any], words: Sequence[str], plain: Sequence[st
     if not words:
         return config
     parser = section_parser(config)
-    touched = {tuple(word[2:].split(".")[:2]) for word in words if word.startswith(("--averages.", "--views."))}
+    words = [word for word in words if not _take_out(config, word)]
+    options = [word[2:].partition("=")[0].split(".") for word in words]
+    touched = {(option[0], option[1]) for option in options if option[0] in ("averages", "views") and len(option) > 1}
     known = list(parser._option_string_actions)
     for word in words:
         if not word.startswith("--") or word.partition("=")[0] not in known:
@@ -72,6 +74,19 @@ def override(config: Mapping[str, Any], words: Sequence[str], plain: Sequence[st
         for part in config[section]:
             part.update(read[section][part["name"]])
     return config
+
+
+def _take_out(config: Config, word: str) -> bool:
+    """Act on ``--views.split_batchnorm=none`` and its like: the recipe without that part."""
+    option, _, value = word.partition("=")
+    for section, _, table in LISTS:
+        if option.startswith(f"--{section}.") and option.count(".") == 1 and value.lower() in ("none", "null"):
+            name = option.partition(".")[2]
+            if name not in table:
+                raise unknown_name(section, name, table)
+            config[section] = [part for part in config.get(section) or [] if part["name"] != name]
+            return True
+    return False
 
 
 def _choose_kind(config: Config, word: str) -> str:
@@ -133,6 +148,9 @@ def _one_line(message: str) -> str:
     kinds = re.findall(r"Expected an? (?:<class ')?([^\n]+?)(?:'>|\. Got|$)", message, re.MULTILINE)
     value = re.search(r"(?:Got|Given) value: ([^\n]*)", message)
     if key and kinds and value:
+        words = re.findall(r"'([^']+)'", kinds[0]) if kinds[0].startswith("typing.Literal") else []
+        if words:
+            return f"--{key.group(1)} {value.group(1).strip()!r} is unknown: use {' or '.join(words)}"
         names = {"collections.abc.Sequence": "list", "collections.abc.Mapping": "schedule", "NoneType": "null"}
         expected = " or ".join(str(names.get(kind, kind)).removeprefix("typing.") for kind in kinds)
         return f"--{key.group(1)} {value.group(1).strip()!r} is no {expected}: see `holdfast train RECIPE --help`"

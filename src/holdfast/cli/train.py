@@ -195,6 +195,8 @@ def apply(config: dict[str, Any], asked: Namespace, rest: Sequence[str]) -> dict
     for name in ("data", "seed", "init", "epochs", "batch_size", "warmup", "label_smoothing", "gradient_clip"):
         if getattr(asked, name) is not None:
             config[name] = getattr(asked, name)
+    if asked.epsilon is not None and (asked.config or asked.resume):
+        scale_with_epsilon(config, asked.epsilon)
     norm = None if asked.norm is None else build_threat(asked.norm, 0.0).norm  # upper and lower case are one
     for name, value in (("epsilon", asked.epsilon), ("norm", norm)):
         if value is not None:
@@ -203,6 +205,28 @@ def apply(config: dict[str, Any], asked: Namespace, rest: Sequence[str]) -> dict
         if getattr(asked, name) is not None:
             config["training"] = {**config["training"], name: getattr(asked, name)}
     return override(config, rest, list(parser()._option_string_actions))
+
+
+def scale_with_epsilon(config: dict[str, Any], epsilon: str) -> None:
+    """Let what the recipe made of the old epsilon follow the new one: the attack's step, training ball and noise."""
+    from holdfast.threat import parse_epsilon
+
+    factor = parse_epsilon(epsilon) / max(parse_epsilon(config["threat"]["epsilon"]), 1e-12)
+    if factor == 1:
+        return
+
+    def scaled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {**value, "knots": [[position, factor * height] for position, height in value["knots"]]}
+        return factor * value if isinstance(value, int | float) else value
+
+    followed = []
+    for part, key in ((config.get("attack"), "step_size"), (config, "train_ball"), (config, "input_noise")):
+        if part and part.get(key):
+            part[key] = scaled(part[key])
+            followed.append(key)
+    if followed:
+        print(f"with epsilon, {', '.join(followed)} changed in proportion", file=sys.stderr)
 
 
 def explain(options: Parser, argv: Sequence[str]) -> int:

@@ -64,7 +64,10 @@ class AsymmetricInvariance(Objective):
     Raises:
         HoldfastError: a setting is out of range, `prepare` was not called, or the accuracy was not measured.
     Source: Waseda et al. (AR-AT), ICLR 2025, arXiv:2402.14648. Reference code: futakw/AR-AT.
-    Differs from the reference: a correct attack around the clean image (its code's noise is `Recipe.input_noise`).
+    Differs from the reference: a correct attack around the clean image (its code's noise is `Recipe.input_noise`). Of
+        the ablations, its code puts the predictor on the adversarial side only, leaves the reversed direction without a
+        stop-gradient and ``"no_stop_gradient"`` without a predictor, and multiplies KL by T²; ours put h on whichever
+        side moves.
 
     Example:
         >>> AsymmetricInvariance(balance=(1.0, 1.0)).sides(Progress())
@@ -107,12 +110,16 @@ class AsymmetricInvariance(Objective):
         self.couples_batch = predictor  # its BatchNorm
 
     def prepare(self, model: nn.Module, x: Tensor) -> None:
-        self.layers = self.taps = tuple(self.layers or last_stage(model))
+        self.taps = tuple(self.layers or last_stage(model))
         with torch.no_grad():
-            features = View(model, taps=self.layers)(x).features
+            features = View(model, taps=self.taps)(x).features
         if self.predictor and not self.predictors:
-            widths = [pooled_feature(features[name]).shape[1] for name in self.layers]
+            widths = [pooled_feature(features[name]).shape[1] for name in self.taps]
             self.predictors.extend(Predictor(width, self.predictor_ratio).to(x) for width in widths)
+
+    @property
+    def is_prepared(self) -> bool:
+        return bool(self.taps) and (not self.predictor or len(self.predictors) == len(self.taps))
 
     def sides(self, progress: Progress) -> tuple[str, ...]:
         return ("clean", "adv")
@@ -140,10 +147,10 @@ class AsymmetricInvariance(Objective):
 
     def invariance(self, clean: Mapping[str, Tensor], adv: Mapping[str, Tensor]) -> Tensor:
         """The mean over the layers of the distance between the sides, (B,)."""
-        if not self.layers or (self.predictor and not self.predictors):
+        if not self.is_prepared:
             raise HoldfastError("AR-AT is not prepared: call objective.prepare(model, x) once before training")
         distances = []
-        for number, name in enumerate(self.layers):
+        for number, name in enumerate(self.taps):
             head = self.predictors[number] if self.predictor else nn.Identity()
             z, z_adv = pooled_feature(clean[name]), pooled_feature(adv[name])
             if self.direction == "no_stop_gradient":

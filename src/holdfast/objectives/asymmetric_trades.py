@@ -70,6 +70,10 @@ class AsymmetricTRADES(Objective):
                 classes = View(model)(x).logits.shape[1]
             self.head = Predictor(classes, self.predictor_ratio).to(x)
 
+    @property
+    def is_prepared(self) -> bool:
+        return not self.predictor or self.head is not None
+
     def sides(self, progress: Progress) -> tuple[str, ...]:
         compared = value_at(self.beta, progress) > 0 or value_at(self.adversarial_weight, progress) > 0
         return ("clean", "adv") if compared else ("clean",)
@@ -86,7 +90,7 @@ class AsymmetricTRADES(Objective):
         if "adv" not in f.outputs:
             return terms
         adv = f.outputs["adv"].logits
-        if self.predictor and self.head is None:
+        if not self.is_prepared:
             raise HoldfastError("the predictor is not built yet: call objective.prepare(model, x) once before training")
         moving = adv if self.head is None else self.head(adv)
         target = clean.detach() if self.detach_clean else clean

@@ -55,7 +55,12 @@ class Objective(nn.Module):
     needs_random_start: bool = False
 
     def prepare(self, model: nn.Module, x: Tensor) -> None:
-        """Called once before training, with a few images: build what depends on the network's sizes."""
+        """Called once, before `AdversarialStep` and the optimiser: build what depends on the network's sizes."""
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `prepare` was called, where it must be."""
+        return True
 
     def sides(self, progress: Progress) -> tuple[str, ...]:
         """The outer forwards this step needs, in their order. Nobody pays for one that is not named."""

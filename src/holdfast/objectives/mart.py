@@ -28,8 +28,8 @@ class MART(Objective):
     Raises:
         HoldfastError: beta is negative.
     Source: Wang et al., ICLR 2020, eq. (8) to (11). Reference code: YisenWang/MART.
-    Differs from the reference: nothing known; like it, the logarithm reads 1.0001 - p + 1e-12 and the weight
-        1.0000001 - p. Soft labels enter the cross-entropy alone.
+    Differs from the reference: KL by log-softmax, where the code adds 1e-12 to probabilities, which bounds it. Like it,
+        the logarithm reads 1.0001 - p + 1e-12 and the weight 1.0000001 - p. Soft labels enter the cross-entropy alone.
 
     Example:
         >>> MART(beta=5.0).sides(Progress())

@@ -37,6 +37,15 @@ class Predictor(nn.Sequential):
             nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, features)
         )
 
+    def forward(self, z: Tensor) -> Tensor:
+        """h(z)."""
+        if self.training and len(z) == 1:
+            raise HoldfastError(
+                "the predictor's BatchNorm needs two or more images a batch, and this one has one: choose another"
+                " --batch-size, leave --training.drop_last true, or set --objective.predictor false"
+            )
+        return super().forward(z)
+
 
 def check_ratio(ratio: float) -> None:
     """Refuse a bottleneck that is no share of the features."""

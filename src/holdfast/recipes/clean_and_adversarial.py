@@ -71,7 +71,8 @@ def mart(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> R
         paper_settings: The attack starts at normal noise of 0.001 and takes steps of 0.007 at epsilon 0.031.
 
     Source: Wang et al., ICLR 2020. Reference code: YisenWang/MART.
-    Differs from the reference: the attack's start and step unless `paper_settings`.
+    Differs from the reference: the attack's start and step unless `paper_settings`; its code counts epochs from 1, so
+        that its learning rate drops an epoch earlier.
     """
     threat = threat_of(epsilon)
     wide = is_wide(model)
@@ -109,16 +110,18 @@ def alp(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> Re
 def score(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> Recipe:
     """SCORE: squared distances of probabilities in place of cross-entropy and KL.
 
-    β = 4, distances up to 0.3 are free; SGD 0.05, weight decay 5e-4, batch 128, 110 epochs, learning rate divided by
-    10 at epochs 100 and 105; PGD-10 with a uniform start.
+    β = 4; SGD 0.05, weight decay 5e-4, batch 128, 110 epochs, learning rate divided by 10 at epochs 100 and 105; PGD-10
+    with a uniform start.
 
     Args:
         epsilon: The threat model, or its Linf radius; 8/255 in the paper.
         model: The network's name; without effect here.
         paper_settings: Attack under batch statistics that are not tracked, as the paper's code does.
 
-    Source: Pang et al., ICML 2022, arXiv:2202.10103. Reference code: P2333/SCORE, its scripts without generated data.
-    Differs from the reference: the attack runs under running statistics unless `paper_settings`.
+    Source: Pang et al., ICML 2022, arXiv:2202.10103. Reference code: P2333/SCORE.
+    Differs from the reference: the schedule is that of its scripts without generated data, loss and attack those of its
+        other code; the former also clip the loss, in one form or another, which is left out (--objective.clip frees
+        distances up to a bound). The attack runs under running statistics unless `paper_settings`.
     """
     threat = threat_of(epsilon)
     attack = pgd10(threat)
@@ -126,7 +129,7 @@ def score(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> 
         name="score",
         threat=threat,
         attack=replace(attack, statistics="batch") if paper_settings else attack,
-        objective=SquaredProbabilities(beta=4.0, clip=0.3),
+        objective=SquaredProbabilities(beta=4.0),
         optimizer=SGD(learning_rate=0.05),
         schedule=piecewise((0, 1), (100 / 110, 0.1), (105 / 110, 0.01)),
         epochs=110,

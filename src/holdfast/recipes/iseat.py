@@ -27,7 +27,8 @@ def iseat(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> 
 
     Source: Li and Spratling, eq. (10) to (15), Algorithm 1. Reference code: TreeLLi/ISEAT.
     Differs from the reference: one backward through θ + ν instead of two models whose gradients are added (the same
-        gradient); weight decay sees θ, as eq. (18) says, not θ + ν; eval statistics unless `paper_settings`.
+        gradient); weight decay sees θ, the code's θ + ν, eq. (18) prints none; eval statistics unless `paper_settings`;
+        under these the clean forward moves BatchNorm's statistics twice, as attack step and as side, the code's once.
     """
     recipe = pgd_at(epsilon=epsilon, model=model, paper_settings=paper_settings)
     return replace(
@@ -103,6 +104,7 @@ def iseat_finetune(*, epsilon: Threat, model: str = "", paper_settings: bool = F
         optimizer=SGD(learning_rate=0.01),
         schedule=piecewise((0, 1), (0.5, 0.1)),
         epochs=40,
+        fine_tuning=True,
     )
 
 

@@ -33,11 +33,13 @@ class ViewTransform:
     Attributes:
         needs_sides: Sides without which the transform makes no sense: a recipe whose objective never runs one of them
             is refused.
+        perturbs: Sides whose weights it replaces.
         branches: The BatchNorm branch of every side that does not run on ``"main"``; known once prepared.
         notes: What the person should be told once the transform is prepared.
     """
 
     needs_sides: Sequence[str] = ()
+    perturbs: Sequence[str] = ()
     branches: Mapping[str, str] = {}
     notes: Sequence[str] = ()
 

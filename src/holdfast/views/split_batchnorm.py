@@ -32,7 +32,7 @@ class SplitBatchNorm(ViewTransform):
     Units:
         None.
     Raises:
-        HoldfastError: sides is empty or a text.
+        HoldfastError: sides is empty or a text, or names an attacked side.
     Source: AR-AT, arXiv:2402.14648, section 4; Xie et al., CVPR 2020, arXiv:1911.09665.
     Differs from the reference: the branches begin as equal copies, with pretrained weights too; there each is
         initialised on its own (which is the same for a network from scratch).
@@ -47,6 +47,12 @@ class SplitBatchNorm(ViewTransform):
     def __init__(self, *, sides: Sequence[str] = ("clean",)) -> None:
         if isinstance(sides, str) or not sides:
             raise HoldfastError(f"sides is {sides!r}: give a list of sides, for example [clean]")
+        attacked = [side for side in sides if side.startswith("adv")]
+        if attacked:
+            raise HoldfastError(
+                f"side {attacked[0]!r} cannot leave the main branch, which is attacked, validated and exported: split"
+                " off clean sides only"
+            )
         self.sides = tuple(sides)
         self.needs_sides = self.sides
         self.branches: dict[str, str] = {}
@@ -80,6 +86,19 @@ class _Split:
 _SPLIT: dict[type, type] = {}  # BatchNorm class -> the same with branches; one each, or every network would recompile
 
 
+def _split_class(kind: type) -> type:
+    """The class of a BatchNorm with branches; torch's own can be pickled."""
+    if kind not in _SPLIT:
+        name = f"Split{kind.__name__}"
+        _SPLIT[kind] = type(name, (_Split, kind), {"__module__": __name__, "__qualname__": name})
+        globals().setdefault(name, _SPLIT[kind])
+    return _SPLIT[kind]
+
+
+for _kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+    _split_class(_kind)
+
+
 def split(norm: _BatchNorm) -> None:
     """Give a BatchNorm its auxiliary branch, once. The module stays the same object, with its hooks and parameters."""
     kind = type(norm)
@@ -87,9 +106,7 @@ def split(norm: _BatchNorm) -> None:
         return
     auxiliary: Any = copy.deepcopy(norm)
     auxiliary.is_auxiliary = True
-    if kind not in _SPLIT:
-        _SPLIT[kind] = type(f"Split{kind.__name__}", (_Split, kind), {})
-    norm.__class__ = cast(Any, _SPLIT[kind])
+    norm.__class__ = cast(Any, _split_class(kind))
     norm.aux = auxiliary
     norm.active_branch = "main"  # type: ignore[assignment]  # a plain attribute, not a tensor or a module
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast import distributed
 from holdfast.errors import HoldfastError
@@ -75,9 +75,14 @@ class WorstWeights(ViewTransform):
             raise HoldfastError(f"steps is {steps!r}: give a whole number of at least 1")
         if not step_size > 0:
             raise HoldfastError(f"step_size is {step_size}: give a positive number")
+        self.perturbs = tuple(sides)
         self.sides, self.steps, self.step_size = tuple(sides), steps, step_size
         self.ascend: Ascended = ascend
         self.scale, self.below = scale, below
+
+    def prepare(self, model: nn.Module) -> None:
+        if not any(weight.dim() > 1 for weight in model.parameters()):
+            raise HoldfastError("the model has no weights of two or more dimensions to perturb: leave WorstWeights out")
 
     @property
     def needs_sides(self) -> tuple[str, ...]:  # type: ignore[override]  # what depends on the settings
