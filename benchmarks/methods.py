@@ -70,8 +70,8 @@ SIZES = {  # per data set: epsilon, batch, epochs, width of small_cnn, images of
 SMOOTHING, DECAY = 0.1, 0.99
 READING = """Accuracies are per cent of the test images, mean ± sample deviation over seeds; robust is PGD-50 with one
 random start. Best is chosen by PGD-10 on held-out training images. "Over PGD-AT" is the difference of the best
-checkpoints' robust accuracy from PGD-AT's on the same terms, seed by seed: mean and deviation of the differences. "s" is
-seconds a step, the least of the seeds', since the runs shared the machine. Raw rows: methods-rows.jsonl."""
+checkpoints' robust accuracy from PGD-AT's on the same terms, seed by seed: mean and deviation of the differences.
+"s" is seconds a step, the least of the seeds', since the runs shared the machine. Raw rows: methods-rows.jsonl."""
 
 
 @dataclass(frozen=True)
