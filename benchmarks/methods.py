@@ -279,11 +279,12 @@ def table() -> str:
 def section(data: str, arm: str, rows: list[dict[str, Any]], everything: list[dict[str, Any]]) -> list[str]:
     """One table."""
     epsilon, batch, _, width, _ = SIZES[data]
+    shortest = min(rows, key=lambda row: row["epochs"])
     text = [
         f"## {data}, {arm}",
         "",
-        f"Linf {epsilon}, small_cnn of width {width}, batch {batch}, {rows[0]['epochs']} epochs"
-        f" ({rows[0]['steps']} steps){' unless x3' if arm == 'studies' else ''}, {rows[0]['n']} test images.",
+        f"Linf {epsilon}, small_cnn of width {width}, batch {batch}, {shortest['epochs']} epochs"
+        f" ({shortest['steps']} steps){' unless x3' if arm == 'studies' else ''}, {rows[0]['n']} test images.",
         "",
         "| method | seeds | clean, best | robust, best | over PGD-AT | clean, last | robust, last | s | passes |",
         "|---|---|---|---|---|---|---|---|---|",
