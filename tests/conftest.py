@@ -32,7 +32,7 @@ def small_batch(*, rows: int = 12, dtype: torch.dtype = torch.float32, seed: int
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(rows, 1, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
     y = torch.randint(0, 5, (rows,), generator=generator)
-    return Batch(x, y, None, torch.arange(rows) * 17 + 3)
+    return Batch(x, y, None, torch.arange(rows) * 17 + 3, x.flip(3))
 
 
 @pytest.fixture

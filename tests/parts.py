@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from conftest import small_network
 from holdfast import distributed
+from holdfast.attacks.base import AttackWithMemory
 from holdfast.attacks.fgsm import FGSM
 from holdfast.attacks.pgd import PGD
 from holdfast.components import ATTACKS, AVERAGES, OBJECTIVES
@@ -31,10 +33,20 @@ MAKE_OBJECTIVE: dict[str, Callable[[], Objective]] = {
         direction="symmetric", predictor=False, distance="mse", balance=(1.0, 1.0)
     ),
     "logit_stability, top": lambda: OBJECTIVES["logit_stability"](weights="top", top_share=0.3, distance="kl"),
+    "boundary_guided, beta": lambda: OBJECTIVES["boundary_guided"](beta=6.0),
+    "geometry_weighted, from the start": lambda: OBJECTIVES["geometry_weighted"](begin=0.0),
+    "label_refinement, from the start": lambda: OBJECTIVES["label_refinement"](begin=0.0),
+    "fisher_rao_mart, early": lambda: OBJECTIVES["fisher_rao_mart"](early=1.0),
+    "fisher_rao_mart, late, kl": lambda: OBJECTIVES["fisher_rao_mart"](early=0.0, late=0.0, distance="kl"),
+    "decoupled_kl, attack": lambda: OBJECTIVES["decoupled_kl"](attack_beta=1.0),
     "logit_stability, unperturbed": lambda: OBJECTIVES["logit_stability"](compared="adv_unperturbed"),
 }
 MAKE_ATTACK: dict[str, Callable[[], Any]] = {
     **ATTACKS,
+    "class_start_fgsm, wide": lambda: ATTACKS["class_start_fgsm"](wide=True),
+    "fgsm, unprojected": lambda: FGSM(random_start=True, start_scale=2.0, project=False),
+    "fgsm, bernoulli": lambda: FGSM(random_start="bernoulli"),
+    "pgd, step noise": lambda: PGD(steps=4, step_noise=0.01),
     "pgd, batch": lambda: PGD(steps=3, statistics="batch"),
     "pgd, restarts": lambda: PGD(steps=3, restarts=2),
     "pgd, early stop": lambda: PGD(steps=4, early_stop=1),
@@ -91,7 +103,16 @@ MAKE_VIEWS: dict[str, Callable[[Sequence[str]], tuple[Any, ...]]] = {
 
 def fits(views: str, sides: Sequence[str]) -> bool:
     """Whether these views make sense for an objective of these sides."""
-    return "split" not in views or len(sides) > 1
+    return "split" not in views or ("clean" in sides and len(sides) > 1)
+
+
+def trained_sides(objective: Objective, progress: Progress) -> tuple[str, ...]:
+    """The sides on which the classifier runs and learns."""
+    others = (*objective.needs_networks, *objective.detached_sides)
+    return tuple(side for side in objective.sides(progress) if side not in others)
+
+
+IMAGES = 400  # more than the largest index of a small batch
 
 
 def prepared(name: str, network: nn.Module, batch: Batch) -> Objective:
@@ -99,8 +120,29 @@ def prepared(name: str, network: nn.Module, batch: Batch) -> Objective:
     objective = MAKE_OBJECTIVE[name]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        objective.prepare(network, batch.x[:2])
+        objective.prepare(network, batch.x[:2], IMAGES)
     return objective
+
+
+def attack_for(objective: Objective, network: nn.Module, batch: Batch) -> Any:
+    """A cheap attack that makes the images which the objective asks for."""
+    made = {"collaborative": "collaborative_pgd", "adv_prior": "prior_guided_fgsm", "adv_start": "class_start_fgsm"}
+    for side in objective.needs_others:
+        attack = ATTACKS["collaborative_pgd"](steps=2) if side == "collaborative" else ATTACKS[made[side]]()
+        if isinstance(attack, AttackWithMemory):
+            attack.prepare(network, batch.x[:2], IMAGES)
+        return attack
+    return PGD(steps=2, step_size=0.05)
+
+
+def recipe_for(objective: Objective, network: nn.Module, batch: Batch, **changes: Any) -> Recipe:
+    """A recipe with the attack and the further networks that the objective asks for."""
+    guides = {}
+    for number, name in enumerate(objective.needs_networks):
+        guides[name] = small_network(seed=number + 5, dtype=batch.x.dtype)
+        guides[name].requires_grad_(name not in objective.detached_sides)
+    settings = {"attack": attack_for(objective, network, batch), "networks": guides, **changes}
+    return small_recipe(objective, **settings)
 
 
 def small_recipe(objective: Objective | None = None, **changes: Any) -> Recipe:

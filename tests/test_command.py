@@ -464,7 +464,14 @@ def test_another_kind_of_part() -> None:
     config = override(
         base(), ["--attack.step_size=2/255", "--attack.name=fgsm", "--objective.name=adversarial_training"]
     )
-    assert config["attack"] == {"name": "fgsm", "step_size": 2 / 255, "random_start": False, "statistics": "eval"}
+    assert config["attack"] == {
+        "name": "fgsm",
+        "step_size": 2 / 255,
+        "random_start": False,
+        "start_scale": 1.0,
+        "project": True,
+        "statistics": "eval",
+    }
     assert config["objective"] == {"name": "adversarial_training"}
     recipe = build_recipe(override(base("standard"), ["--objective.name=normalized_mse", "--attack.name=pgd"]))
     assert (type(recipe.attack).__name__, type(recipe.objective).__name__) == ("PGD", "NormalizedMSE")

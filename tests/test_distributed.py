@@ -25,6 +25,7 @@ from holdfast.interruption import Interrupted
 from holdfast.loop import Loop
 from holdfast.runs.folder import RunFolder
 from holdfast.schedule import Progress
+from holdfast.steps.learnable_strategy import LearnableStrategy
 from tiny_runs import (
     FP32,
     FP64,
@@ -98,6 +99,10 @@ def exact(case: str) -> dict[str, Any]:
     if case == "weights":  # both sides at θ + ν, with ν from the gradients of all processes
         perturbed = WorstWeights(gamma=0.05, sides=("clean", "adv"), ascend="objective", below=2.0)
         recipe = replace(recipe, objective=TRADES(), views=(perturbed,))
+    if case == "strategy":  # a second network, whose gradient and reward are all processes'
+        choices = {"epsilons": [0.5, 1.0, 1.5], "steps": [1, 2, 3], "step_sizes": [0.25, 1.0]}
+        step = LearnableStrategy(**choices, period=3, learning_rate=0.05, look_ahead_steps=2, width=4)
+        recipe = replace(recipe, attack=None, train_ball="unbounded", step=step, views=(WorstWeights(gamma=0.05),))
     settings = replace(FP64, drop_last=case != "uneven")
     # 73 images: 7 are held out and 66 are left, so that a batch of 13 leaves one over, for rank 0 alone
     return {
@@ -122,7 +127,7 @@ def coupled() -> dict[str, Any]:
     return {"recipe": recipe, "data": toy(), "model": tiny_net(dropout=0.2), "settings": FP32}
 
 
-CASES = ("pgd_at", "piat", "uneven", "weights")
+CASES = ("pgd_at", "piat", "uneven", "weights", "strategy")
 
 
 def process(rank: int, folder: Path) -> None:
@@ -210,7 +215,9 @@ def test_metrics_and_accuracies_equal_those_of_one_process(case: str, folder: Pa
     """metrics.jsonl, the best epoch, the weights, and both accuracies of the closing evaluation."""
     one, two = folder / "one" / case, folder / "two" / case
     for alone, together in zip(metrics(one), metrics(two), strict=True):
-        assert together.pop("terms") == pytest.approx(alone.pop("terms"), abs=1e-10, rel=0)
+        for measured in ("terms", "watched"):
+            expected = pytest.approx(alone.pop(measured, {}), abs=1e-10, rel=0)
+            assert together.pop(measured, {}) == expected
         assert together == alone
     for name in ("model", "last"):
         for alone, together in zip(weights(one, name).values(), weights(two, name).values(), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -12,26 +13,48 @@ from torch import nn
 
 from conftest import small_batch, small_network
 from holdfast import L2, AsymmetricInvariance, Batch, Settings, View, WorstWeights, fit, load_model
+from holdfast.attacks.base import AttackWithMemory
 from holdfast.data.sources import load
 from holdfast.errors import HoldfastError
+from holdfast.further_network import FurtherNetwork
 from holdfast.models.factory import build
 from holdfast.progress_display import Display
+from holdfast.recipe import Recipe
 from holdfast.recipes import RECIPES
 from holdfast.schedule import Progress, constant, piecewise
 from holdfast.setup import prepare
 from holdfast.step import AdversarialStep
-from parts import CountedFlops
+from parts import IMAGES, CountedFlops
 from tiny_runs import FP64, metrics, tiny_net, tiny_recipe, toy, weights
 
 EVERY = pytest.mark.parametrize("name", RECIPES)
 QUICK = Settings(precision="fp32", device="cpu", validation_steps=1, test_steps=1, test_images=None)
 
 
+def with_teachers(recipe: Recipe) -> Recipe:
+    """The recipe with new networks for the trained ones that it asks for."""
+    teachers = {
+        name: build("small_cnn", num_classes=10, channels=1, image_size=(8, 8), width=8).requires_grad_(False)
+        if isinstance(network, FurtherNetwork) and not network.trained
+        else network
+        for name, network in recipe.networks.items()
+    }
+    return replace(recipe, networks=teachers)
+
+
+def own_step(recipe: Recipe, network: nn.Module) -> AdversarialStep:
+    """The step that a run of the recipe takes."""
+    if recipe.step is None:
+        return AdversarialStep(recipe, network)
+    return recipe.step(recipe, network, precision="fp32", check_finite=True)
+
+
 @EVERY
 def test_two_epochs_on_the_digits(name: str, tmp_path: Path) -> None:
     """It learns, its terms add up to the loss, and what it exports is a plain model that anyone can load."""
-    recipe = replace(RECIPES[name](epsilon=0.2), epochs=2, warmup=0.0, batch_size=64)
-    run = fit(recipe, "digits", "small_cnn", out=tmp_path / "run", settings=QUICK, model_options={"width": 8})
+    recipe = replace(with_teachers(RECIPES[name](epsilon=0.2)), epochs=2, warmup=0.0, batch_size=64)
+    settings = replace(QUICK, extra_data="digits") if recipe.extra_share else QUICK
+    run = fit(recipe, "digits", "small_cnn", out=tmp_path / "run", settings=settings, model_options={"width": 8})
     first, second = metrics(run.path)
     for line in (first, second):
         parts = [value for term, value in line["terms"].items() if term != "loss"]
@@ -67,14 +90,25 @@ def test_passes_are_what_is_computed(name: str) -> None:
         objective = AsymmetricInvariance(layers=("2",), predictor=False)
         recipe = replace(recipe, objective=objective)
     batch = small_batch()
-    recipe.objective.prepare(network, batch.x[:2])
+    recipe.objective.prepare(network, batch.x[:2], IMAGES)
+    if isinstance(recipe.attack, AttackWithMemory):
+        recipe.attack.prepare(network, batch.x[:2], IMAGES)
+    guides = {guide: copy.deepcopy(network) for guide in recipe.networks}
+    for guide, module in guides.items():
+        module.requires_grad_(guide not in recipe.objective.detached_sides)
+    recipe = replace(recipe, networks=guides)
     late = Progress(step=95, epochs=100, epoch=95, stage=3, measured={"clean_accuracy": 0.5})
     with CountedFlops() as one:
         network(batch.x)
-    step = AdversarialStep(recipe, network)
+    step = own_step(recipe, network)
+    step(batch, replace(late, step=93))  # what is only made now and then is there already
     with CountedFlops() as all_of_it:
         step(batch, late)["loss"].backward()
-    assert all_of_it.total / one.total == pytest.approx(recipe.passes(late), rel=0.03)
+    counted = all_of_it.total / one.total
+    if name.startswith(("fat", "las")):  # the attack stops early, or is drawn: what is stated is the most, or the mean
+        assert 3 <= counted <= 1.03 * max(recipe.passes(late), 3 + 2 * 16 + 3)
+    else:
+        assert counted == pytest.approx(recipe.passes(late), rel=0.03)
     assert recipe.passes(late) == recipe.passes()
 
 

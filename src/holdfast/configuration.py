@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from holdfast.components import ATTACKS, AVERAGES, OBJECTIVES, VIEWS
+from holdfast.components import ATTACKS, AUGMENTATIONS, AVERAGES, MIXINGS, OBJECTIVES, STEPS, VIEWS
 from holdfast.errors import HoldfastError, unknown_name
+from holdfast.further_network import FurtherNetwork
 from holdfast.recipe import SGD, Recipe
 from holdfast.schedule import Schedule
 from holdfast.threat import THREATS
@@ -21,9 +22,20 @@ SCALARS = (
     "gradient_clip",
     "input_noise",
     "train_ball",
+    "extra_share",
     "fine_tuning",
 )
 """Fields of a recipe that are plain numbers or schedules."""
+
+
+SINGLE: dict[str, Mapping[str, type[Any]]] = {
+    "attack": ATTACKS,
+    "objective": OBJECTIVES,
+    "augmentation": AUGMENTATIONS,
+    "mixing": MIXINGS,
+    "step": STEPS,
+}
+"""Sections of which a recipe has one part or none, and what it may be."""
 
 
 def settings_of(component: object) -> dict[str, Any]:
@@ -50,6 +62,23 @@ def _named(component: object | None, table: Mapping[str, type[Any]]) -> dict[str
     return {"class": f"{type(component).__module__}.{type(component).__qualname__}"}
 
 
+def _network(network: Any) -> dict[str, Any]:
+    """A further network's settings; one given from Python is only named."""
+    if isinstance(network, FurtherNetwork):
+        return settings_of(network)
+    return {"class": f"{type(network).__module__}.{type(network).__qualname__}"}
+
+
+def _read_network(name: str, config: Mapping[str, Any]) -> FurtherNetwork:
+    if "class" in config:
+        raise HoldfastError(f"network {name!r} was given from Python: run it from Python again, with fit()")
+    known = list(inspect.signature(FurtherNetwork).parameters)
+    for setting in config:
+        if setting not in known:
+            raise unknown_name(f"setting of network {name}", setting, known)
+    return FurtherNetwork(**config)
+
+
 def recipe_config(recipe: Recipe) -> dict[str, Any]:
     """A recipe as nested dictionaries of plain values."""
     threat = {"norm": recipe.threat.norm, **settings_of(recipe.threat)}
@@ -58,8 +87,8 @@ def recipe_config(recipe: Recipe) -> dict[str, Any]:
     return {
         "recipe": recipe.name,
         "threat": threat,
-        "attack": _named(recipe.attack, ATTACKS),
-        "objective": _named(recipe.objective, OBJECTIVES),
+        **{section: _named(getattr(recipe, section), table) for section, table in SINGLE.items()},
+        "networks": {name: _network(network) for name, network in recipe.networks.items()},
         "views": [_named(view, VIEWS) for view in recipe.views],
         "averages": [_named(average, AVERAGES) for average in recipe.averages],
         "optimizer": settings_of(recipe.optimizer),
@@ -102,8 +131,13 @@ def build_recipe(config: Mapping[str, Any]) -> Recipe:
         recipe = Recipe(
             name=config["recipe"],
             threat=build_component("threat norm", config["threat"], THREATS, "norm"),
-            attack=build_component("attack", config.get("attack"), ATTACKS),
             objective=build_component("objective", config["objective"], OBJECTIVES),
+            **{
+                section: build_component(section, config.get(section), table)
+                for section, table in SINGLE.items()
+                if section != "objective"
+            },
+            networks={name: _read_network(name, part) for name, part in (config.get("networks") or {}).items()},
             views=tuple(build_component("view", view, VIEWS) for view in config.get("views") or ()),
             averages=tuple(build_component("average", average, AVERAGES) for average in config.get("averages") or ()),
             optimizer=SGD(**config["optimizer"]),
@@ -117,7 +151,7 @@ def build_recipe(config: Mapping[str, Any]) -> Recipe:
 
 
 KEYS = (
-    "recipe", "threat", "attack", "objective", "views", "averages", "optimizer", "schedule", *SCALARS,
+    "recipe", "threat", *SINGLE, "networks", "views", "averages", "optimizer", "schedule", *SCALARS,
     "data", "model", "seed", "init", "training", "resolved",
 )  # fmt: skip
 
@@ -139,9 +173,11 @@ def check_keys(config: Mapping[str, Any]) -> None:
     for key in ("recipe", *KINDS):
         if key not in config:
             raise HoldfastError(f"the configuration lacks {key!r}: start from the config.yaml of a run")
-    for key, kind in (*KINDS.items(), ("attack", Mapping), ("views", list)):
+    optional: dict[str, type[Any]] = {section: Mapping for section in (*SINGLE, "networks") if section != "objective"}
+    optional["views"] = list
+    for key, kind in (*KINDS.items(), *optional.items()):
         value = config.get(key)
-        if value is None and key in ("attack", "views"):
+        if value is None and key in optional:
             continue
         if not isinstance(value, kind) or isinstance(value, bool):
             raise HoldfastError(f"the configuration's {key!r} is {value!r}: write it as in the config.yaml of a run")

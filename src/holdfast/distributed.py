@@ -69,6 +69,24 @@ def average_buffers(module: nn.Module) -> None:
     average_in_place(list(module.buffers()))
 
 
+def merge_rows(memory: Tensor, written: Tensor) -> None:
+    """Give every process the rows that another one has written since the last merge, and forget who wrote.
+
+    A row that several have written becomes their mean; one that nobody has written stays as it is.
+
+    Shapes:
+        memory: (N, ...), equal on all processes where nobody has written; written: (N,) bool, all false afterwards.
+    """
+    if active():
+        with torch.no_grad():
+            writers = total(written.to(torch.float32))
+            mask = written.view(-1, *[1] * (memory.dim() - 1))
+            summed = total(torch.where(mask, memory, torch.zeros_like(memory)))
+            share = writers.clamp_min(1).view_as(mask).to(memory.dtype)
+            memory.copy_(torch.where((writers > 0).view_as(mask), summed / share, memory))
+    written.zero_()
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every process's value, in order of rank, on every process."""
     if not active():

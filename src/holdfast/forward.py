@@ -34,6 +34,7 @@ class Batch(NamedTuple):
         target: (B, K) soft labels where smoothing, MixUp or a memory makes them, else None.
         index: (B,) position of every image in the data set: memories and keyed randomness go by it.
         x2: A second augmentation of the same images, only where a method asks.
+        mixed: The images are mixtures of two (MixUp, CutMix): y is only the label of the larger share.
     """
 
     x: Tensor
@@ -41,11 +42,17 @@ class Batch(NamedTuple):
     target: Tensor | None = None
     index: Tensor | None = None
     x2: Tensor | None = None
+    mixed: bool = False
 
     @property
     def labels(self) -> Tensor:
         """The soft labels where there are any, else y."""
         return self.y if self.target is None else self.target
+
+    @property
+    def attacked_labels(self) -> Tensor:
+        """What an attack on the cross-entropy moves away from: y, or the soft labels of mixed images."""
+        return self.labels if self.mixed else self.y
 
     @property
     def rows(self) -> Tensor:
@@ -60,10 +67,15 @@ class Attacked(NamedTuple):
         x_adv: (B, C, H, W).
         steps_survived: (B,) how many of the iterates the attack looked at, the starting point included, the network
             still classified correctly (GAIRAT's κ).
+        steps: How many iterates the attack looks at at most, the K of κ in 0 … K.
+        others: Further images that the search made, by the side that runs on them: STAT's "collaborative", a one-step
+            method's "adv_start", a second view's "adv2".
     """
 
     x_adv: Tensor
     steps_survived: Tensor
+    steps: int = 0
+    others: Mapping[str, Tensor] | None = None
 
 
 class Outputs(NamedTuple):
@@ -76,13 +88,15 @@ class Outputs(NamedTuple):
 class Forward(NamedTuple):
     """What an objective sees: outputs by side, never the model.
 
-    `attacked` is None where no attacked side was asked for.
+    `attacked` is None where no attacked side was asked for. `remember` is true in the step's own outer forward alone:
+    an objective with memories writes them then, and not in a weight search.
     """
 
     batch: Batch
     outputs: Mapping[str, Outputs]
     attacked: Attacked | None
     progress: Progress
+    remember: bool = False
 
 
 @dataclass(frozen=True)

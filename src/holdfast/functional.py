@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -98,3 +100,47 @@ def smooth_labels(y: Tensor, num_classes: int, smoothing: float, *, dtype: torch
     """
     soft = torch.full((len(y), num_classes), smoothing / (num_classes - 1), dtype=dtype, device=y.device)
     return soft.scatter_(1, y[:, None], 1.0 - smoothing)
+
+
+def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    r"""Jensen-Shannon divergence of two distributions.
+
+    .. math:: \tfrac12 \mathrm{KL}(p \| m) + \tfrac12 \mathrm{KL}(q \| m), \qquad m = \tfrac12 (p + q)
+
+    Shapes:
+        Both (B, K), rows that sum to 1. Returns (B,), in nats, at most log 2.
+
+    Example:
+        >>> round(jensen_shannon(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item(), 4)
+        0.6931
+    """
+    mean = ((p + q) / 2).clamp_min(1e-8).log()
+    entropy = (torch.xlogy(p, p.clamp_min(1e-8)) + torch.xlogy(q, q.clamp_min(1e-8))).sum(1)
+    return (entropy - ((p + q) * mean).sum(1)) / 2
+
+
+def symmetric_kl(p_logits: Tensor, q_logits: Tensor, *, detach: bool = False) -> Tensor:
+    r"""Half the sum of both Kullback-Leibler divergences between two softmax distributions.
+
+    .. math:: \tfrac12 \mathrm{KL}(p \| q) + \tfrac12 \mathrm{KL}(q \| p)
+
+    Args:
+        p_logits: Before softmax.
+        q_logits: Before softmax.
+        detach: Let no gradient flow into the first argument of either divergence.
+
+    Shapes:
+        Both (B, K). Returns (B,), in nats.
+    """
+    p, q = (p_logits.detach(), q_logits.detach()) if detach else (p_logits, q_logits)
+    return (kl(p, q_logits) + kl(q, p_logits)) / 2
+
+
+def extremes(logits: Sequence[Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of several predictions gives class y the least, and which the most probability.
+
+    Shapes:
+        logits: each (B, K); y: (B,). Returns two (B,) positions in the sequence.
+    """
+    own = torch.stack([probability_of(each.detach(), y) for each in logits])
+    return own.argmin(0), own.argmax(0)

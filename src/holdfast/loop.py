@@ -14,24 +14,34 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import distributed
+from holdfast.attacks.base import AttackWithMemory
 from holdfast.attacks.pgd import PGD
 from holdfast.averages.base import Average
 from holdfast.averages.reestimation import reestimate_statistics
+from holdfast.catastrophic_overfitting import OvertakenAttack, response, snapshot
 from holdfast.compilation import compile_in_place
-from holdfast.data.loader import Loader
+from holdfast.data.loader import Loader, to_pixels
 from holdfast.evaluation.accuracy import Evaluation, evaluate
 from holdfast.forward import Batch, View
 from holdfast.interruption import Interrupted, Interruption
+from holdfast.keyed_random import Key
 from holdfast.progress_display import Display
 from holdfast.recipe import Recipe
 from holdfast.runs.checkpoint import load_checkpoint, save_checkpoint
 from holdfast.runs.export import load_model, save_model
 from holdfast.runs.folder import RunFolder
-from holdfast.runs.state import epoch_state, restore
+from holdfast.runs.state import epoch_state, restore, restore_training, training_state
 from holdfast.schedule import Progress, value_at
 from holdfast.setup import Setup
 from holdfast.step import AdversarialStep, Step, not_finite
 
+GUARDED = 128  # held-out images on which catastrophic overfitting is looked for
+ROLLBACKS = 3  # after so many a run that overfits again is stopped
+ADVICE = {
+    "warn": "; train by N-FGSM or with smaller steps, or set --training.catastrophic-overfitting stop or rollback",
+    "stop": "; the run stops here, the best weights so far are kept",
+    "rollback": "; the run goes back to where it still held",
+}
 LOOK_EVERY = 20  # steps between looks at the sums on an accelerator: each look makes it wait
 
 
@@ -46,12 +56,14 @@ class Loop:
         self.evaluated.eval().requires_grad_(False)
         self.model = setup.model
         make = self.recipe.step or AdversarialStep
-        self.step: Step = make(
-            self.recipe,
-            self.model,
-            precision=setup.precision,
-            check_finite=setup.device.type == "cpu",
-        )
+        with torch.random.fork_rng(devices=[]):  # a step may own a network
+            torch.manual_seed(Key(setup.seed).fold("step's initial weights").torch_seed)
+            self.step: Step = make(
+                self.recipe,
+                self.model,
+                precision=setup.precision,
+                check_finite=setup.device.type == "cpu",
+            )
         for transform in self.recipe.views:
             for note in transform.notes:
                 display.say(note)
@@ -67,6 +79,9 @@ class Loop:
         self.steps_per_epoch = len(self.loader) * self.step.replays
         self.warmup_steps = round(self.recipe.warmup * self.recipe.epochs * self.steps_per_epoch)
         self.epoch = self.position = self.lines = 0
+        self.guard = OvertakenAttack()
+        self.response = response(self.settings.catastrophic_overfitting, self.recipe.attack)
+        self.stopped = False  # before the last epoch, because of what the guard found
         self.sums: dict[str, list[Any]] = {}
         self.measured: dict[str, float] = {}
         self.best: dict[str, Any] | None = None
@@ -74,7 +89,7 @@ class Loop:
         self.clock = self.saved_at = time.monotonic()
 
     def _distributed(self) -> Step:
-        parts = (getattr(self.module, part, nn.Module()) for part in ("objective", "networks"))
+        parts = (getattr(self.module, part, nn.Module()) for part in ("objective", "networks", "strategy"))
         unused = any(True for part in parts for _ in part.parameters())
         unused = unused or bool(getattr(self.step, "branches", {}))  # a clean warm-up leaves the auxiliary one alone
         return nn.parallel.DistributedDataParallel(  # type: ignore[return-value]  # called like the step it wraps
@@ -98,7 +113,7 @@ class Loop:
         self.folder.cut_metrics(self.lines)
         done = self.progress().step
         self.display.start(self.recipe.epochs * self.steps_per_epoch, done, self.loader.batch_size)
-        while self.epoch < self.recipe.epochs:
+        while self.epoch < self.recipe.epochs and not self.stopped:
             self.one_epoch()
         self.display.stop()
         return self.close()
@@ -128,8 +143,34 @@ class Loop:
             for replay in range(self.step.replays):
                 self.one_step(batch, self.progress(replay))
             self.position += 1
+            self.watch()
+            if self.stopped:
+                break
             self.pause()
         self.end_epoch()
+
+    def watch(self) -> None:
+        """Look for catastrophic overfitting now and then, and do what the settings say."""
+        done = self.epoch * len(self.loader) + self.position
+        if self.response == "off" or self.progress().warming_up or done % self.settings.overfitting_check:
+            return
+        known = self.guard.found
+        images = self.setup.validation
+        x, y = to_pixels(images.pixels[:GUARDED], self.loader.dtype), images.labels[:GUARDED]
+        branches = getattr(self.step, "branches", {})
+        found = self.guard.look(View(self.model, branch=branches.get("adv", "main")), x, y, self.recipe.threat)
+        if not found:
+            if self.response == "rollback":
+                self.guard.good = snapshot(training_state(self))
+            return
+        if not known:
+            self.display.say(self.guard.message(self.epoch + 1) + ADVICE[self.response])
+        if self.response == "rollback" and self.guard.good is not None and self.guard.rollbacks < ROLLBACKS:
+            restore_training(self, snapshot(self.guard.good))
+            self.guard.rollbacks += 1
+            self.guard.found = False
+        elif self.response in ("stop", "rollback"):
+            self.stopped = True
 
     def one_step(self, batch: Batch, progress: Progress) -> None:
         """Forward, backward, optimisers, averages."""
@@ -138,7 +179,8 @@ class Loop:
         terms["loss"].backward()
         self.step.after_backward(progress)
         if self.recipe.gradient_clip is not None:
-            trained = [p for group in self.optimizers for g in group.param_groups for p in g["params"]]
+            groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+            trained = [p for group in groups if not group.get("own_schedule") for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(trained, self.recipe.gradient_clip)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -192,14 +234,16 @@ class Loop:
         """Equal buffers, averages, validation, best, metrics, checkpoint: in this order."""
         self.look({})
         self.check_weights()
-        distributed.average_buffers(self.model)
-        if isinstance(self.step, AdversarialStep):
-            distributed.average_buffers(self.step.networks)
-            self.step.objective.merge_over_processes()
         self.position -= 1
         progress = self.progress(self.step.replays - 1)  # of the last step
         self.position += 1
-        last = self.epoch + 1 == self.recipe.epochs
+        distributed.average_buffers(self.model)
+        if isinstance(self.step, AdversarialStep):
+            distributed.average_buffers(self.step.networks)
+            self.step.objective.after_epoch(progress)
+            if isinstance(self.step.attack, AttackWithMemory):
+                self.step.attack.after_epoch(progress)
+        last = self.epoch + 1 == self.recipe.epochs or self.stopped
         validated = (self.epoch + 1) % self.settings.validate_every == 0 or last
         for average in self.recipe.averages:
             distributed.average_in_place([t for t in (average.exported() or {}).values() if t.is_floating_point()])
@@ -244,6 +288,10 @@ class Loop:
         }
         if self.measured:
             line["measured"] = dict(self.measured)
+        if self.guard.last:
+            line["overfitting"] = {**self.guard.last, "found": self.guard.found, "rollbacks": self.guard.rollbacks}
+        if hasattr(self.step, "watched"):
+            line["watched"] = self.step.watched()  # type: ignore[attr-defined]  # asked above
         return {**line, "seconds": spent, "images_per_second": images / max(spent, 1e-9)}
 
     def time_left(self) -> float:
@@ -253,7 +301,8 @@ class Loop:
 
     def keep_if_best(self, found: Evaluation) -> None:
         """Keep the exported weights if they are the best by robust, then clean accuracy; ties keep the first."""
-        robust = found.robust if self.recipe.attack is not None else None  # standard training is not chosen by noise
+        attacked = self.recipe.attack is not None or self.recipe.step is not None
+        robust = found.robust if attacked else None  # standard training is not chosen by noise
         count = [found.clean if robust is None else robust, found.clean]
         if self.best is None or count > self.best["count"]:
             self.best = {"epoch": self.epoch + 1, "count": count, "validation": found.as_dict()}
@@ -359,7 +408,7 @@ class Loop:
         """Evaluate best and last on the test set, which has chosen nothing, and write the summary."""
         assert self.best is not None  # the last epoch is always validated
         results: dict[str, Any] = {}
-        for name, epoch in (("best", self.best["epoch"]), ("last", self.recipe.epochs)):
+        for name, epoch in (("best", self.best["epoch"]), ("last", self.epoch)):
             if name == "last" and epoch == self.best["epoch"]:
                 results[name] = dict(results["best"])
                 continue
@@ -382,6 +431,8 @@ def set_hyperparameters(optimizers: Sequence[torch.optim.Optimizer], recipe: Rec
     settings = recipe.optimizer
     for optimizer in optimizers:
         for group in optimizer.param_groups:
+            if group.get("own_schedule"):
+                continue  # the step sets it itself
             group["lr"] = settings.learning_rate * recipe.schedule(progress)
             if "momentum" in group:
                 group["momentum"] = value_at(settings.momentum, progress)

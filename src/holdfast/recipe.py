@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
 from holdfast.attacks.base import Attack
 from holdfast.averages.base import Average
+from holdfast.data.loader import Augmentation, Mixing
 from holdfast.errors import HoldfastError
+from holdfast.further_network import FurtherNetwork
 from holdfast.objectives.base import Objective
 from holdfast.schedule import Progress, Scalar, Schedule, as_scalar, constant, value_at
 from holdfast.threat import ThreatModel
@@ -38,6 +40,20 @@ class SGD:
             object.__setattr__(self, name, as_scalar(name, getattr(self, name), minimum=0))
 
 
+class StepKind(Protocol):
+    """What makes a method's own step, and knows what it costs and what it cannot be combined with."""
+
+    def __call__(self, recipe: Recipe, model: nn.Module, *, precision: str, check_finite: bool) -> Any: ...
+
+    def passes(self, recipe: Recipe, progress: Progress) -> float:
+        """Cost of one optimiser step in forward passes."""
+        ...
+
+    def refusal(self, recipe: Recipe) -> str | None:
+        """Why this recipe makes no sense with the step, and what to do; None where it does."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Attack, objective, views and averages under a threat model, with the schedule they are trained by.
@@ -49,7 +65,11 @@ class Recipe:
         objective: The outer loss.
         views: Transforms of the outer views, in order.
         averages: Averages of the weights, in order; the last that exports decides what is validated and kept.
-        networks: Further networks, each reached as a view of its name ("guide").
+        networks: Further networks, each reached as a view of its name ("guide"): modules, or descriptions by which
+            `fit` builds them.
+        augmentation: How training images are changed; None for the crop and flip that suit the data.
+        mixing: MixUp or CutMix, or None.
+        extra_share: Share of every batch that is taken from extra images, which the run must then be given.
         input_noise: Radius, in pixel scale, of uniform noise added to the training images, without clamping, before the
             attack and every outer forward; the ball is then centred on the noisy image. What AR-AT's public code does
             (its noise is meant as the attack's start, but is written into the clean batch): with ``input_noise``
@@ -64,7 +84,8 @@ class Recipe:
         label_smoothing: s of `smooth_labels`.
         gradient_clip: Largest norm of the gradient, or None.
         fine_tuning: The method begins from a trained network; a run without --init is told so.
-        step: What makes one step of it; None for `AdversarialStep`.
+        step: What makes one step of it, where that is not attack, forwards, loss (Free-AT, LAS-AT); None for
+            `AdversarialStep`.
 
     Raises:
         HoldfastError: a setting is out of range.
@@ -76,7 +97,10 @@ class Recipe:
     objective: Objective
     views: tuple[ViewTransform, ...] = ()
     averages: tuple[Average, ...] = ()
-    networks: Mapping[str, nn.Module] = field(default_factory=dict)
+    networks: Mapping[str, nn.Module | FurtherNetwork] = field(default_factory=dict)
+    augmentation: Augmentation | None = None
+    mixing: Mixing | None = None
+    extra_share: float = 0.0
     input_noise: Scalar = 0.0
     train_ball: Scalar | Literal["unbounded"] | None = None
     optimizer: SGD = field(default_factory=SGD)
@@ -87,13 +111,13 @@ class Recipe:
     label_smoothing: float = 0.0
     gradient_clip: float | None = None
     fine_tuning: bool = False
-    step: Callable[..., Any] | None = None
+    step: StepKind | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (("epochs", self.epochs, 1), ("batch_size", self.batch_size, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise HoldfastError(f"{name} is {value!r}: give a whole number of at least {least}")
-        for name in ("warmup", "label_smoothing"):
+        for name in ("warmup", "label_smoothing", "extra_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise HoldfastError(f"{name} is {getattr(self, name)}: it is a share, give a number in [0, 1)")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
@@ -105,9 +129,13 @@ class Recipe:
 
     def _refuse_what_makes_no_sense(self) -> None:
         """Combinations that would train something else than they say."""
-        sides = self._sides_ever()
-        if self.attack is None and any(side.startswith("adv") for side in sides):
+        sides = self.sides_ever()
+        if self.attack is None and self.step is None and self.objective.attacks(sides):
             raise HoldfastError(f"recipe {self.name!r} reads an attacked side: give it an attack")
+        self._refuse_what_the_objective_cannot()
+        reason = None if self.step is None else self.step.refusal(self)
+        if reason is not None:
+            raise HoldfastError(reason)
         if self.objective.needs_random_start and getattr(self.attack, "random_start", True) is False:
             raise HoldfastError(
                 f"{type(self.objective).__name__}'s attack climbs a divergence whose gradient is zero at the clean"
@@ -120,6 +148,8 @@ class Recipe:
                     f"{type(view).__name__} works on side {missing[0]!r}, which {type(self.objective).__name__} never"
                     f" runs (it runs {', '.join(sides)}): choose other sides, or another objective"
                 )
+            if any(side in self.networks for side in view.perturbs):
+                raise HoldfastError(f"{type(view).__name__} perturbs the classifier only: take guides out of sides")
         searched = [side for view in self.views for side in view.perturbs]
         if len(set(searched)) < len(searched):
             raise HoldfastError(
@@ -137,11 +167,37 @@ class Recipe:
                 " result as if training had made it: keep one of them"
             )
 
+    def _refuse_what_the_objective_cannot(self) -> None:
+        """Networks that are missing, an attack that is too short, mixed images where labels are remembered."""
+        name = type(self.objective).__name__
+        for network in self.objective.needs_networks:
+            if network not in self.networks:
+                raise HoldfastError(
+                    f"{name} needs a further network {network!r}: add networks={{{network!r}: FurtherNetwork()}}"
+                )
+        for side in self.objective.needs_others:
+            if self.attack is not None and side not in getattr(self.attack, "makes", ()):
+                raise HoldfastError(
+                    f"{name} runs on images {side!r}, which {type(self.attack).__name__} does not make: use the attack"
+                    " of its own recipe"
+                )
+        steps = getattr(self.attack, "steps", None)
+        if steps is not None and steps < self.objective.least_attack_steps:
+            raise HoldfastError(
+                f"{name} weighs images by how many attack steps they survive, of which there is {steps}: give the"
+                f" attack {self.objective.least_attack_steps} or more (--attack.steps 10)"
+            )
+        if self.mixing is not None and not self.objective.takes_mixed_images:
+            raise HoldfastError(
+                f"{name} needs images of one class, and {type(self.mixing).__name__} mixes two: leave the mixing out"
+                " (--mixing none)"
+            )
+
     def _end(self) -> Progress:
         """The last step of a long run, when everything that is scheduled is on."""
         return Progress(epoch=self.epochs - 1, step=self.epochs - 1, epochs=self.epochs, stage=99)
 
-    def _sides_ever(self) -> tuple[str, ...]:
+    def sides_ever(self) -> tuple[str, ...]:
         """Every side that the objective runs at some time in a run of many steps."""
         moments = [Progress(step=step, epoch=step, epochs=200) for step in range(200)]
         moments = [replace(moment, stage=self.schedule.stage(moment.fraction)) for moment in moments]
@@ -165,9 +221,12 @@ class Recipe:
             23.0
         """
         progress = progress or self._end()
-        attacked = any(side.startswith("adv") for side in self.objective.sides(progress))
+        if self.step is not None:
+            return self.step.passes(self, progress)
+        sides = self.objective.sides(progress)
         searched = 0.0
-        if self.attack is not None and attacked:
-            searched = self.attack.passes() + self.objective.inner_passes(progress)
-        ascents = sum(view.passes(progress, self.objective.sides(progress)) for view in self.views)
+        if self.attack is not None and self.objective.attacks(sides):
+            views = 1 + sum(side.startswith("adv") and side.endswith("2") for side in sides)
+            searched = views * (self.attack.passes() + self.objective.inner_passes(progress))
+        ascents = sum(view.passes(progress, sides) for view in self.views)
         return searched + ascents + self.objective.passes(progress)

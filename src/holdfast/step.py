@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import checks, distributed
-from holdfast.attacks.base import Attack
+from holdfast.attacks.base import Attack, AttackWithMemory
 from holdfast.errors import HoldfastError, NonFiniteLoss
 from holdfast.forward import Attacked, Batch, Forward, Outputs, Statistics, View, Views
 from holdfast.functional import cross_entropy, smooth_labels
@@ -71,7 +71,7 @@ class AdversarialStep(nn.Module):
         self.objective: Objective = recipe.objective
         self.warmup_objective: Objective = StandardTraining()
         self.attack: Attack | None = recipe.attack
-        self.networks = nn.ModuleDict(dict(recipe.networks))
+        self.networks = nn.ModuleDict(built_networks(recipe))
         self.view_transforms = recipe.views
         if not self.objective.is_prepared:
             raise HoldfastError(
@@ -93,16 +93,18 @@ class AdversarialStep(nn.Module):
         device = batch.x.device.type
         with _forked_generator(progress, batch.x.device), self.autocast(device):
             batch = self.with_noise(batch, progress)
-            attacked = self.find(batch, objective, progress) if any(s.startswith("adv") for s in sides) else None
+            attacked = self.find(batch, objective, progress) if objective.attacks(sides) else None
             views = self.outer_views(objective, sides, {} if progress.warming_up else self.branches)
             if not progress.warming_up:
                 for transform in self.view_transforms:
                     views = transform(views, self.search(objective, batch, attacked, progress), progress)
+            further = self.further_loss(objective, views, sides, batch, attacked, progress)
             outputs = self.run(objective, views, sides, batch, attacked)
             batch = self.smoothed(batch, outputs)
             with torch.autocast(device, enabled=False):  # losses and predictors in full precision
-                terms = objective(Forward(batch, outputs, attacked, progress))
-            return self.reduce(terms, len(batch.y))
+                terms = objective(Forward(batch, outputs, attacked, progress, remember=True))
+            means = self.reduce(terms, len(batch.y))
+            return means if further is None else {**means, "loss": means["loss"] + further}
 
     def with_noise(self, batch: Batch, progress: Progress) -> Batch:
         """The batch with the recipe's `input_noise`; not clamped."""
@@ -133,14 +135,27 @@ class AdversarialStep(nn.Module):
         if self.attack is None:
             raise HoldfastError(f"recipe {self.recipe.name!r} reads an attacked side: give it an attack")
         view = View(self.model if model is None else model, statistics=self.attack.statistics)
-        inner_loss = objective.inner_loss(view, batch, progress)
         radius = self.recipe.radius(progress)
         threat = self.recipe.threat if radius is None else self.recipe.threat.with_epsilon(radius)
-        found = self.attack(view, batch, inner_loss, threat=threat, progress=progress)
-        with torch.no_grad():
-            x_adv = found.x_adv.detach()
-            x_adv = threat.clamp(x_adv) if radius is None else threat.project(x_adv, batch.x)
-        return found._replace(x_adv=x_adv)
+
+        @torch.no_grad()
+        def inside(x_adv: Tensor, x: Tensor) -> Tensor:
+            return threat.clamp(x_adv.detach()) if radius is None else threat.project(x_adv.detach(), x)
+
+        def attack(of: Batch, now: Progress) -> Attacked:
+            inner_loss = objective.inner_loss(view, of, now)
+            found = self.attack(view, of, inner_loss, threat=threat, progress=now)  # type: ignore[misc]  # not None
+            others = {side: inside(images, of.x) for side, images in (found.others or {}).items()}
+            return found._replace(x_adv=inside(found.x_adv, of.x), others=others)
+
+        with _reading_only(self.attack if model is not None else None):
+            found = attack(batch, progress)
+            for side in objective.sides(progress):
+                if side.startswith("adv") and side.endswith("2"):
+                    second = batch._replace(x=objective.side_input("clean2", batch, None))
+                    other = replace(progress, seed=progress.key("second view").value)
+                    found = found._replace(others={**(found.others or {}), side: attack(second, other).x_adv})
+        return found
 
     @property
     def branches(self) -> dict[str, str]:
@@ -152,28 +167,50 @@ class AdversarialStep(nn.Module):
 
         Branches are chosen here, so that a weight search sees them wherever it stands among the transforms.
         """
-        statistics: Statistics = "batch_tracked"
-        return {
-            side: View(
-                dict(self.networks).get(side, self.model),
-                branch="main" if side in self.networks else branches.get(side, "main"),
-                statistics=statistics,
-                taps=() if side in self.networks else objective.taps,
-            )
-            for side in sides
-        }
+        views = {}
+        for side in sides:
+            statistics: Statistics = "batch" if side in objective.untracked_sides else "batch_tracked"
+            network, branch, taps = self.model, branches.get(side, "main"), objective.taps
+            if side in self.networks:
+                network, branch, taps = self.networks[side], "main", ()
+                if not any(parameter.requires_grad for parameter in network.parameters()):
+                    statistics = "eval"  # it stands still
+            views[side] = View(network, branch=branch, statistics=statistics, taps=taps)
+        return views
 
     def run(
         self, objective: Objective, views: Views, sides: Sequence[str], batch: Batch, attacked: Attacked | None
     ) -> dict[str, Outputs]:
         """The outer forwards, in the objective's order (clean before adv unless it says otherwise)."""
-        return {side: views[side](objective.side_input(side, batch, attacked)) for side in sides}
+        outputs = {}
+        for side in sides:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and side not in objective.detached_sides):
+                outputs[side] = views[side](objective.side_input(side, batch, attacked))
+        return outputs
+
+    def further_loss(
+        self,
+        objective: Objective,
+        views: Views,
+        sides: Sequence[str],
+        batch: Batch,
+        attacked: Attacked | None,
+        progress: Progress,
+    ) -> Tensor | None:
+        """What a method's own step adds to the loss to train a part that no term reaches (LAS-AT's strategy), or None.
+
+        It stands before the outer forwards, so that what it runs is freed before they keep their graphs.
+        """
+        return None
 
     def search(self, objective: Objective, batch: Batch, attacked: Attacked | None, progress: Progress) -> Search:
         """What a weight search climbs, under candidate views and batch statistics that are not tracked."""
 
         def ascended(views: Views, sides: Sequence[str], loss: Ascended, below: float | None = None) -> Tensor:
-            quiet = {side: replace(views[side], statistics="batch") for side in sides}
+            quiet = {
+                side: view if view.statistics == "eval" else replace(view, statistics="batch")
+                for side, view in views.items()
+            }
             outputs = self.run(objective, quiet, sides, batch, attacked)
             with torch.autocast(batch.x.device.type, enabled=False):
                 if loss == "adversarial_ce":
@@ -223,6 +260,22 @@ class AdversarialStep(nn.Module):
         """Nothing: the averages and the objective have no use for raw gradients."""
 
 
+def built_networks(recipe: Recipe) -> dict[str, nn.Module]:
+    """The recipe's further networks.
+
+    Raises:
+        HoldfastError: one is still a description, which only `fit` turns into a network.
+    """
+    built = {name: network for name, network in recipe.networks.items() if isinstance(network, nn.Module)}
+    for name in recipe.networks:
+        if name not in built:
+            raise HoldfastError(
+                f"the network {name!r} is only described: give the module itself,"
+                f" dataclasses.replace(recipe, networks={{{name!r}: module}}), or train with fit()"
+            )
+    return built
+
+
 def not_finite(term: str) -> NonFiniteLoss:
     """The error for a loss term, or the gradient, that is NaN or infinite."""
     what = "the gradient" if term == "gradient" else f"loss term {term!r}"
@@ -230,6 +283,21 @@ def not_finite(term: str) -> NonFiniteLoss:
         f"{what} is NaN or infinite: lower the learning rate, set --gradient-clip 1.0, or use"
         " --precision fp32; the last checkpoint is kept"
     )
+
+
+class _reading_only:
+    """An attack with memory writes nothing inside; any other attack, or None, is left alone."""
+
+    def __init__(self, attack: Attack | None) -> None:
+        self.attack = attack if isinstance(attack, AttackWithMemory) and attack.training else None
+
+    def __enter__(self) -> None:
+        if self.attack is not None:
+            self.attack.eval()
+
+    def __exit__(self, *error: object) -> None:
+        if self.attack is not None:
+            self.attack.train()
 
 
 class _forked_generator:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch, Statistics, View
@@ -39,6 +39,37 @@ class Attack(Protocol):
         ...
 
 
+class AttackWithMemory(nn.Module):
+    """An attack that remembers something from step to step, in buffers: they are checkpointed with the run.
+
+    It writes to its memory in training mode only (`nn.Module.eval` makes it read alone). Constructor arguments are kept
+    under their own names.
+
+    Attributes:
+        statistics: How BatchNorm normalises during the search.
+        makes: Sides for which it makes images beside x_adv, in `Attacked.others`.
+    """
+
+    statistics: Statistics = "eval"
+    makes: Sequence[str] = ()
+
+    def prepare(self, model: nn.Module, x: Tensor, images: int) -> None:
+        """Called once before training, with a few images and the number of training images: make the memory."""
+
+    def after_epoch(self, progress: Progress) -> None:
+        """Called at every epoch's end on all processes: make the memory equal on them."""
+
+    def passes(self) -> float:
+        """Cost of one search in forward passes (a backward to the input costs one)."""
+        raise NotImplementedError  # every attack states its own
+
+    def forward(
+        self, view: View, batch: Batch, inner_loss: InnerLoss, *, threat: ThreatModel, progress: Progress
+    ) -> Attacked:
+        """The search; see `Attack`."""
+        raise NotImplementedError  # every attack states its own
+
+
 def input_gradient(view: View, x: Tensor, inner_loss: InnerLoss) -> tuple[Tensor, Tensor]:
     """The gradient of the loss with respect to the pixels alone, and the logits.
 
@@ -53,6 +84,16 @@ def input_gradient(view: View, x: Tensor, inner_loss: InnerLoss) -> tuple[Tensor
         logits = view(x).logits
         (gradient,) = torch.autograd.grad(inner_loss(logits).sum(), x)
     return gradient, logits.detach()
+
+
+def loss_of_rows(inner_loss: InnerLoss, rows: Tensor, count: int) -> InnerLoss:
+    """The loss of some of the batch's rows: their logits are laid among constants, which carry no gradient."""
+
+    def loss(logits: Tensor) -> Tensor:
+        everyone = logits.new_zeros(count, logits.shape[1]).index_copy(0, rows, logits)
+        return inner_loss(everyone)[rows]
+
+    return loss
 
 
 def require_steepest(threat: ThreatModel, attack: str) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from holdfast.attacks.base import InnerLoss, input_gradient, require_steepest
+from holdfast.attacks.base import InnerLoss, input_gradient, loss_of_rows, require_steepest
 from holdfast.errors import HoldfastError
 from holdfast.forward import STATISTICS, Attacked, Batch, Statistics, View
 from holdfast.keyed_random import Key, normal
@@ -33,8 +33,11 @@ class PGD:
             deviation 0.001 (``"normal"``, as the code of TRADES, MART and ALP does).
         restarts: Independent searches; every row keeps the one whose last point has the largest loss, and with
             `early_stop` one that is misclassified before any that is not.
-        early_stop: None, or the number τ of steps that a row still takes after it is first misclassified (0: it stops
-            there). Without BatchNorm's batch statistics, rows that have stopped are no longer computed.
+        early_stop: None, or the number τ of misclassified points from which a row still takes a step (0: it stops at
+            the first), or a schedule of it (FAT). Without BatchNorm's batch statistics, rows that have stopped are no
+            longer computed.
+        step_noise: Standard deviation of normal noise added to every step before it is projected (FAT's ω), or a
+            schedule.
         statistics: How BatchNorm normalises during the search; see `View`.
 
     Shapes:
@@ -60,7 +63,8 @@ class PGD:
     step_size: Scalar | str | None = None
     random_start: bool | Literal["normal"] = True
     restarts: int = 1
-    early_stop: int | None = None
+    early_stop: Scalar | None = None
+    step_noise: Scalar = 0.0
     statistics: Statistics = "eval"
 
     def __post_init__(self) -> None:
@@ -74,10 +78,9 @@ class PGD:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise HoldfastError(f"{name} is {value!r}: give a whole number of at least {least}")
-        if self.early_stop is not None and self.early_stop < 0:
-            raise HoldfastError(
-                f"early_stop is {self.early_stop}: give the number of further steps, 0 or more, or none"
-            )
+        if self.early_stop is not None:
+            object.__setattr__(self, "early_stop", as_scalar("early_stop", self.early_stop, minimum=0))
+        object.__setattr__(self, "step_noise", as_scalar("step_noise", self.step_noise, minimum=0))
         if self.random_start not in (True, False, "normal"):
             raise HoldfastError(f"random_start is {self.random_start!r}: use true, false or normal")
         if self.statistics not in STATISTICS:
@@ -116,6 +119,7 @@ class PGD:
             best = Attacked(
                 torch.where(better.view(-1, 1, 1, 1), found.x_adv, best.x_adv),
                 torch.where(better, found.steps_survived, best.steps_survived),
+                self.steps,
             )
             best_wrong, best_loss = torch.where(better, wrong, best_wrong), torch.where(better, loss, best_loss)
         return best
@@ -139,39 +143,41 @@ class PGD:
     ) -> Attacked:
         """One restart."""
         step_size = threat.epsilon / 4 if self.step_size is None else value_at(self.step_size, progress)  # type: ignore[arg-type]  # no text
+        noise = value_at(self.step_noise, progress)
+        patience = None if self.early_stop is None else round(value_at(self.early_stop, progress))
         x, y = batch.x.detach(), batch.y
+
+        def stepped(x_adv: Tensor, gradient: Tensor, rows: Tensor | None, number: int) -> Tensor:
+            """The next iterate, of all rows or of some."""
+            moved = x_adv + step_size * threat.steepest(gradient)
+            index, origin = (batch.rows, x) if rows is None else (batch.rows[rows], x[rows])
+            if noise > 0:
+                moved = moved + noise * normal(key.fold("step noise", number), index, x.shape[1:], dtype=x.dtype)
+            return threat.project(moved, origin)
+
         x_adv = self._start(x, batch, threat, key)
         survived = torch.zeros_like(y)
-        left = torch.full_like(y, -1)  # steps that a misclassified row still takes; -1: not misclassified yet
-        for _ in range(self.steps):
-            if self.early_stop is None:
+        left = torch.full_like(
+            y, patience or 0
+        )  # misclassified points from which a row still steps; -1: it has stopped
+        for number in range(self.steps):
+            if patience is None:
                 gradient, logits = input_gradient(view, x_adv, inner_loss)
                 survived += logits.argmax(1) == y
-                x_adv = threat.project(x_adv + step_size * threat.steepest(gradient), x)
+                x_adv = stepped(x_adv, gradient, None, number)
                 continue
-            active = (left != 0).nonzero()[:, 0]
+            active = (left >= 0).nonzero()[:, 0]
             if len(active) == 0:
                 break
             compact = self.statistics == "eval" and len(active) < len(y)
             rows = active if compact else torch.arange(len(y), device=y.device)
-            loss = _loss_of_rows(inner_loss, rows, len(y)) if compact else inner_loss
+            loss = loss_of_rows(inner_loss, rows, len(y)) if compact else inner_loss
             gradient, logits = input_gradient(view, x_adv[rows], loss)
             correct = torch.zeros_like(y, dtype=torch.bool).index_copy(0, rows, logits.argmax(1) == y[rows])
-            running = left != 0
+            running = left >= 0
             survived += correct & running
-            left = torch.where(running & (left < 0) & ~correct, self.early_stop, left)
-            move = (left != 0)[rows].view(-1, 1, 1, 1)
-            stepped = threat.project(x_adv[rows] + step_size * threat.steepest(gradient), x[rows])
-            x_adv = x_adv.index_copy(0, rows, torch.where(move, stepped, x_adv[rows]))
-            left = torch.where(left > 0, left - 1, left)
-        return Attacked(x_adv.detach(), survived)
-
-
-def _loss_of_rows(inner_loss: InnerLoss, rows: Tensor, count: int) -> InnerLoss:
-    """The loss of some of the batch's rows: their logits are laid among constants, which carry no gradient."""
-
-    def loss(logits: Tensor) -> Tensor:
-        everyone = logits.new_zeros(count, logits.shape[1]).index_copy(0, rows, logits)
-        return inner_loss(everyone)[rows]
-
-    return loss
+            left = torch.where(running & ~correct, left - 1, left)
+            move = (left >= 0)[rows].view(-1, 1, 1, 1)
+            following = stepped(x_adv[rows], gradient, rows, number)
+            x_adv = x_adv.index_copy(0, rows, torch.where(move, following, x_adv[rows]))
+        return Attacked(x_adv.detach(), survived, self.steps)

@@ -13,15 +13,19 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from holdfast.cli.arguments import unknown_option
-from holdfast.components import ATTACKS, AVERAGES, OBJECTIVES, VIEWS
-from holdfast.configuration import build_component, settings_of
+from holdfast.components import AVERAGES, VIEWS
+from holdfast.configuration import SINGLE, build_component, settings_of
 from holdfast.errors import HoldfastError, unknown_name
+from holdfast.further_network import FurtherNetwork
 from holdfast.recipe import SGD
 from holdfast.schedule import Schedule
 from holdfast.setup import Settings
 from holdfast.threat import THREATS, parse_fraction
 
 Config = dict[str, Any]
+
+OPTIONAL = ("augmentation", "mixing")
+"""Sections that a recipe may do without: ``--mixing cutmix``, ``--mixing none``."""
 
 LISTS = (("averages", "average", AVERAGES), ("views", "view", VIEWS))
 """Sections of which a recipe may have several parts: ``--averages.ema.decay``, ``--views.worst_weights.gamma``."""
@@ -62,9 +66,11 @@ def override(config: Mapping[str, Any], words: Sequence[str], plain: Sequence[st
         read = parser.parse_args(words).as_dict()
     except ArgumentError as error:
         raise HoldfastError(_one_line(str(error))) from None
-    for section in ("threat", "attack", "objective", "optimizer", "schedule", "training"):
+    for section in ("threat", *SINGLE, "optimizer", "schedule", "training"):
         if section in read:
             config[section] = {**(config[section] or {}), **read[section]}
+    for name, settings in read.get("networks", {}).items():
+        config["networks"][name] = {**config["networks"][name], **settings}
     for section, _, table in LISTS:
         parts = config.get(section) or []
         present = [part["name"] for part in parts]
@@ -91,12 +97,16 @@ def _take_out(config: Config, word: str) -> bool:
 
 def _choose_kind(config: Config, word: str) -> str:
     """Act on ``--attack.name=fgsm`` and its like at once, since the other settings depend on it."""
-    for section, table in (("attack", ATTACKS), ("objective", OBJECTIVES)):
-        if word.startswith(f"--{section}.name="):
+    for section, table in SINGLE.items():
+        whole = section in OPTIONAL and word.startswith(f"--{section}=")
+        if word.startswith(f"--{section}.name=") or whole:
             name = word.partition("=")[2]
+            if section in OPTIONAL and name.lower() in ("none", "null"):
+                config[section] = None
+                return ""
             if name not in table:
                 raise unknown_name(section, name, table)
-            if (config[section] or {}).get("name") != name:
+            if (config.get(section) or {}).get("name") != name:
                 config[section] = {"name": name, **settings_of(table[name]())}
             return ""
     return word
@@ -116,7 +126,11 @@ def section_parser(config: Mapping[str, Any], prog: str = "holdfast train") -> A
     defaults: Config = {
         f"threat.{key}": value for key, value in config["threat"].items() if key not in ("norm", "epsilon")
     }
-    for section, table in (("attack", ATTACKS), ("objective", OBJECTIVES)):
+    for name, part in (config.get("networks") or {}).items():
+        if "class" not in part:
+            parser.add_class_arguments(FurtherNetwork, f"networks.{name}")
+            defaults |= {f"networks.{name}.{key}": value for key, value in part.items()}
+    for section, table in SINGLE.items():
         part = config.get(section)
         if part is not None:
             build_component(section, part, table)  # unknown names are refused in our words

@@ -42,6 +42,7 @@ def parser() -> Parser:
     known.add_argument("--validate-every", type=positive, metavar="N", help="epochs between validations (1)")
     known.add_argument("--warmup", type=float, metavar="SHARE", help="share of the run on clean images first")
     known.add_argument("--label-smoothing", type=float, metavar="S", help="share of the label given to other classes")
+    known.add_argument("--extra-share", type=float, metavar="SHARE", help="share of a batch from --training.extra_data")
     known.add_argument("--gradient-clip", type=float, metavar="NORM", help="largest norm of the gradient")
     known.add_argument("--paper-settings", action="store_true", help="everything as in the method's paper or code")
     known.add_argument("--init", metavar="RUN_OR_FILE", help="start from the weights of a run or a .safetensors file")
@@ -192,7 +193,8 @@ def apply(config: dict[str, Any], asked: Namespace, rest: Sequence[str]) -> dict
     config = {key: value for key, value in config.items() if key != "resolved"}
     if asked.model and asked.model != config["model"].get("name"):
         config["model"] = {"name": asked.model}
-    for name in ("data", "seed", "init", "epochs", "batch_size", "warmup", "label_smoothing", "gradient_clip"):
+    numbers = ("epochs", "batch_size", "warmup", "label_smoothing", "extra_share", "gradient_clip")
+    for name in ("data", "seed", "init", *numbers):
         if getattr(asked, name) is not None:
             config[name] = getattr(asked, name)
     if asked.epsilon is not None and (asked.config or asked.resume):

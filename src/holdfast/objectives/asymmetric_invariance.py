@@ -109,7 +109,7 @@ class AsymmetricInvariance(Objective):
         self.zero_at_equality = () if predictor else ("invariance",)
         self.couples_batch = predictor  # its BatchNorm
 
-    def prepare(self, model: nn.Module, x: Tensor) -> None:
+    def prepare(self, model: nn.Module, x: Tensor, images: int = 0) -> None:
         self.taps = tuple(self.layers or last_stage(model))
         with torch.no_grad():
             features = View(model, taps=self.taps)(x).features

@@ -64,7 +64,7 @@ class AsymmetricTRADES(Objective):
         self.zero_at_equality = () if predictor else ("kl",)
         self.couples_batch = predictor  # its BatchNorm
 
-    def prepare(self, model: torch.nn.Module, x: Tensor) -> None:
+    def prepare(self, model: torch.nn.Module, x: Tensor, images: int = 0) -> None:
         if self.predictor and self.head is None:
             with torch.no_grad():
                 classes = View(model)(x).logits.shape[1]

@@ -46,6 +46,12 @@ class Objective(nn.Module):
         taps: Names of modules whose outputs `forward` wants as features.
         zero_at_equality: Names of terms that vanish where x_adv = x on the same view.
         needs_random_start: The inner loss has no gradient at x itself, so the attack must begin elsewhere.
+        needs_networks: Names of the further networks that its sides run on ("guide").
+        needs_others: Sides whose images the attack must make beside x_adv ("collaborative").
+        untracked_sides: Sides whose forward leaves BatchNorm's running statistics alone.
+        detached_sides: Sides of whose outputs no gradient is taken: their forward keeps no graph.
+        least_attack_steps: How many steps the attack must take for the method to mean anything.
+        takes_mixed_images: It makes sense with MixUp and CutMix.
     """
 
     couples_batch: bool = False
@@ -53,9 +59,21 @@ class Objective(nn.Module):
     taps: Sequence[str] = ()
     zero_at_equality: tuple[str, ...] = ()
     needs_random_start: bool = False
+    needs_networks: Sequence[str] = ()
+    needs_others: Sequence[str] = ()
+    untracked_sides: Sequence[str] = ()
+    detached_sides: Sequence[str] = ()
+    least_attack_steps: int = 0
+    takes_mixed_images: bool = True
 
-    def prepare(self, model: nn.Module, x: Tensor) -> None:
-        """Called once, before `AdversarialStep` and the optimiser: build what depends on the network's sizes."""
+    def prepare(self, model: nn.Module, x: Tensor, images: int = 0) -> None:
+        """Called once, before `AdversarialStep` and the optimiser: build what depends on sizes.
+
+        Args:
+            model: The classifier.
+            x: A few images.
+            images: How many training images there are, for memories with a row an image.
+        """
 
     @property
     def is_prepared(self) -> bool:
@@ -66,12 +84,22 @@ class Objective(nn.Module):
         """The outer forwards this step needs, in their order. Nobody pays for one that is not named."""
         return ("adv",)
 
+    def attacks(self, sides: Sequence[str]) -> bool:
+        """Whether these sides need the attack: those named ``adv…``, and what else the method's attack makes."""
+        return any(side.startswith("adv") for side in sides)
+
     def inner_loss(self, view: View, batch: Batch, progress: Progress) -> InnerLoss:
         """What the attack maximises; cross-entropy against the hard labels unless a method says otherwise."""
-        return lambda logits: cross_entropy(logits, batch.y)
+        return lambda logits: cross_entropy(logits, batch.attacked_labels)
 
     def side_input(self, side: str, batch: Batch, attacked: Attacked | None) -> Tensor:
-        """The images a side runs on: those attacked for names ``adv…``, the second view for ``…2``, else x."""
+        """The images a side runs on.
+
+        Those that the attack made for a side of this name, else those attacked for names ``adv…``, the second view
+        for ``…2``, else x.
+        """
+        if attacked is not None and side in (attacked.others or ()):
+            return attacked.others[side]  # type: ignore[index]  # None holds no side
         if side.startswith("adv"):
             assert attacked is not None  # the step attacks whenever such a side is asked for
             return attacked.x_adv
@@ -85,8 +113,11 @@ class Objective(nn.Module):
         """Named terms, each (B,), already weighted."""
         raise NotImplementedError  # every method states its own
 
-    def merge_over_processes(self) -> None:
-        """Make buffers equal on all processes at an epoch's end. Memories addressed by image index do it otherwise."""
+    def after_epoch(self, progress: Progress) -> None:
+        """Called at every epoch's end on all processes, with the progress of the last step: make buffers equal.
+
+        Memories addressed by image index use `holdfast.distributed.merge_rows` instead.
+        """
         distributed.average_buffers(self)
 
     def inner_passes(self, progress: Progress) -> float:
@@ -94,8 +125,12 @@ class Objective(nn.Module):
         return 0.0
 
     def passes(self, progress: Progress) -> float:
-        """Cost of the outer step in forward passes: a forward and a full backward (two) for each side."""
-        return 3.0 * len(self.sides(progress))
+        """Cost of the outer step in forward passes: a forward and a full backward (two) for each side.
+
+        Detached sides have no backward. A further network counts as if it were as large as the classifier.
+        """
+        sides = self.sides(progress)
+        return 3.0 * len(sides) - 2.0 * sum(side in self.detached_sides for side in sides)
 
 
 def kl_to_clean(view: View, batch: Batch) -> InnerLoss:

@@ -27,6 +27,24 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+def training_state(loop: Loop) -> dict[str, Any]:
+    """What a step changes: weights, buffers, optimisers and averages of this process."""
+    return {
+        "step": loop.module.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in loop.optimizers],
+        "averages": [average.state_dict() for average in loop.recipe.averages],
+    }
+
+
+def restore_training(loop: Loop, state: dict[str, Any]) -> None:
+    """Set a loop back to a `training_state` of its own."""
+    loop.module.load_state_dict(state["step"])
+    for optimizer, saved in zip(loop.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    for average, saved in zip(loop.recipe.averages, state["averages"], strict=True):
+        average.load_state_dict(saved)
+
+
 def epoch_state(loop: Loop) -> dict[str, Any]:
     """Everything that is needed to go on.
 
@@ -38,6 +56,7 @@ def epoch_state(loop: Loop) -> dict[str, Any]:
         "buffers": dict(loop.module.named_buffers()),
         "averages": [average.state_dict() for average in loop.recipe.averages],
         "sums": {name: [total, count] for name, (total, count) in loop.sums.items()},
+        "guard": loop.guard.state_dict(),
     }
     return {
         "format": FORMAT,
@@ -46,6 +65,7 @@ def epoch_state(loop: Loop) -> dict[str, Any]:
         "lines": loop.lines,
         "measured": dict(loop.measured),
         "best": loop.best,
+        "stopped": loop.stopped,
         "seconds": loop.seconds,
         "epoch_began": loop.epoch_began,
         "seed": loop.setup.seed,
@@ -87,6 +107,9 @@ def restore(loop: Loop, state: dict[str, Any]) -> None:
             buffer.copy_(local["buffers"][name])
     for average, saved in zip(loop.recipe.averages, local["averages"], strict=True):
         average.load_state_dict(saved)
+    if "guard" in local:
+        loop.guard.load_state_dict(local["guard"])
+    loop.stopped = state.get("stopped", False)
     loop.sums = {name: list(pair) for name, pair in local["sums"].items()}
     loop.epoch, loop.position, loop.lines = state["epoch"], state["position"], state["lines"]
     loop.measured, loop.best, loop.seconds = dict(state["measured"]), state["best"], state["seconds"]

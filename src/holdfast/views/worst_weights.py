@@ -127,7 +127,12 @@ class WorstWeights(ViewTransform):
         for _ in range(self.steps):
             leaves = {name: (fixed[name] + step).requires_grad_(True) for name, step in v.items()}
             candidate = {**fixed, **leaves}
-            tried = {side: replace(views[side], state=candidate if side in moved else fixed) for side in run}
+            tried = {
+                side: replace(views[side], state=candidate if side in moved else fixed)
+                if views[side].model is views[moved[0]].model
+                else views[side]  # a further network, which is never perturbed
+                for side in run
+            }
             with torch.enable_grad():
                 value = search(tried, run, self.ascend, self.below)
                 gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
