@@ -4,7 +4,9 @@ The arm ``plain`` trains by SGD whose learning rate steps down at 50 % and 75 %.
 strongest baseline has: one cycle, label smoothing, and an EMA of the weights after the method's own averages. Attack,
 objective, views and the method's own averages are the recipe's; a clean warm-up is left out. ``finetune`` starts from
 the arm plain's PGD-AT network of the same seed and repeats the ablations of the ISEAT paper's tables 7 to 9; it runs
-half as many epochs at a tenth of the learning rate. ``studies`` changes one thing in the arm plain (named after the
+half as many epochs at a tenth of the learning rate. Free-AT replays each batch up to 8 times in a run of as many steps;
+the methods with extra images (rst…) get the training images beyond the first, without their labels, under pseudo-labels
+of the standard network of the same seed. ``studies`` changes one thing in the arm plain (named after the
 comma), where a method came out below PGD-AT; x3 is three times the epochs.
 
     python benchmarks/methods.py digits --seeds 5 --jobs 2
@@ -39,7 +41,13 @@ METHODS = (
     *("awp", "rwp", "trades_awp", "mart_awp"),
     *("pgd_at_nmse", "piat", "piat_nmse", "piat_trades", "piat_mart"),
     *("ar_at", "ar_at_awp", "ar_at_piat", "iseat", "iseat_piat"),
+    *("fat", "fat_trades", "fat_mart", "gairat", "piat_gairat", "ovr_style", "slore_mart"),
+    *("lbgat", "kd_swa", "sglr", "consistency", "stat", "ikl"),
+    *("las_at", "las_awp", "free_at", "fast_at", "n_fgsm", "gat", "nuat", "fgsm_pgi", "liet"),
+    *("idbh", "idbh_awp", "iseat_idbh"),
 )
+EXTRA = ("rst", "rst_mart", "rst_gairat", "rst_awp", "rst_rwp", "rst_iseat")  # with images that are not in the 10,000
+TEACHERS = {"standard_teacher": "standard", "robust_teacher": "pgd_at"}  # for kd_swa: the arm plain's networks
 AVERAGING = ("pgd_at_swa", "seat", "ar_at_swa", "iseat_swa")  # methods that are an average: in the plain arm only
 FINETUNED = (
     *("pgd_at", "awp", "input_smoothing", "iseat_finetune", "lsi_finetune", "trades_awp_finetune"),
@@ -62,7 +70,12 @@ STUDIES: dict[str, dict[str, Any]] = {
     **{f"{method}, x3": {"times": 3} for method in ("pgd_at", "piat", "trades", "mart", "awp", "ar_at", "iseat")},
     "piat_nmse, clean warm-up, x3": {"warmup": 1 / 12, "times": 3},
 }
-ARMS = {"plain": (*METHODS, *AVERAGING), "averaged": METHODS, "finetune": FINETUNED, "studies": tuple(STUDIES)}
+ARMS = {
+    "plain": (*METHODS, *EXTRA, *AVERAGING),
+    "averaged": (*METHODS, *EXTRA),
+    "finetune": FINETUNED,
+    "studies": tuple(STUDIES),
+}
 SIZES = {  # per data set: epsilon, batch, epochs, width of small_cnn, images of the closing PGD-50
     "digits": (0.2, 64, 15, 8, None),
     "fashion-mnist": (0.1, 128, 4, 8, 2000),
@@ -163,8 +176,43 @@ def studied(name: str, epsilon: float, epochs: int, batch: int) -> Any:
     return replace(recipe, **changes)
 
 
+def adapted(recipe: Any, job: Job) -> Any:
+    """What a method cannot take from the common terms: replays, teachers, averages that are not its point here."""
+    from holdfast.further_network import FurtherNetwork
+
+    if job.method == "free_at":  # as many optimiser steps as the others
+        replays = min(recipe.step.replays, recipe.epochs)
+        step = replace(recipe.step, replays=replays)
+        return replace(recipe, step=step, epochs=max(1, round(recipe.epochs / replays)))
+    if job.method == "kd_swa":
+        networks = {
+            name: FurtherNetwork(init=str(plain_run(job, method)), trained=False) for name, method in TEACHERS.items()
+        }
+        kept = recipe.averages if job.arm == "plain" else recipe.averages[1:]  # the EMA takes SWA's place
+        return replace(recipe, networks=networks, averages=kept)
+    if job.arm == "averaged" and job.method in ("liet", "idbh"):
+        return replace(recipe, averages=recipe.averages[-1:])  # their own EMA is the arm's
+    return recipe
+
+
+def plain_run(job: Job, method: str) -> Path:
+    """The folder of the arm plain's run of a method with this job's seed; trained if it is not there."""
+    folder = Path(job.work) / job.data / "plain" / method / str(job.seed)
+    if not (folder / "summary.json").exists():
+        own = replace(job, arm="plain", method=method, work=str(Path(job.work) / f"for-{job.arm}-{job.method}"))
+        folder = Path(own.work) / own.data / "plain" / method / str(own.seed)
+        if not (folder / "summary.json").exists():
+            train(own, folder)
+    return folder
+
+
 def build(job: Job) -> Any:
     """The recipe of a run."""
+    return adapted(common(job), job)
+
+
+def common(job: Job) -> Any:
+    """The recipe under the arm's terms."""
     from holdfast.recipes import RECIPES
 
     epsilon, batch, epochs, _, _ = SIZES[job.data]
@@ -175,8 +223,21 @@ def build(job: Job) -> Any:
     return {"plain": plain, "averaged": averaged}[job.arm](RECIPES[job.method](epsilon=epsilon), epochs, batch)
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Train and evaluate; one row."""
+def extra_images(job: Job, data: Any) -> str:
+    """The training images beyond the first ones, without labels, as a file."""
+    import numpy
+
+    file = Path(job.work) / f"{job.data}-beyond-{job.train_images}.npz"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.stem}-{job.method}-{job.seed}.npz")  # two runs may write at once
+        numpy.savez(part, images=data.train.pixels[job.train_images :].squeeze(-1).numpy())
+        part.replace(file)
+    return str(file)
+
+
+def train(job: Job, out: Path) -> Any:
+    """Train and evaluate in this folder; the recipe and what `fit` returns."""
     import torch
 
     from holdfast.data.sources import load
@@ -186,25 +247,28 @@ def run(job: Job) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    data = load(job.source)
+    whole = data = load(job.source)
     if job.train_images is not None:
         data = replace(data, train=data.train.subset(torch.arange(job.train_images)))
     _, _, _, width, tested = SIZES[job.data]
     recipe = build(job)
-    out = Path(job.work) / job.data / job.arm / job.method / str(job.seed)
+    settings = Settings(validation_images=500, validation_steps=10, test_images=tested, test_steps=50)
+    if recipe.extra_share:
+        labels = str(plain_run(job, "standard"))
+        settings = replace(settings, extra_data=extra_images(job, whole), extra_labels=labels)
+    init = plain_run(job, "pgd_at") if job.arm == "finetune" else None
     shutil.rmtree(out, ignore_errors=True)
-    init = Path(job.work) / job.data / "plain" / "pgd_at" / str(job.seed) if job.arm == "finetune" else None
-    began = time.monotonic()
     finished = fit(
-        recipe,
-        data,
-        "small_cnn",
-        out=out,
-        seed=job.seed,
-        init=init,
-        model_options={"width": width},
-        settings=Settings(validation_images=500, validation_steps=10, test_images=tested, test_steps=50),
+        recipe, data, "small_cnn", out=out, seed=job.seed, init=init, model_options={"width": width}, settings=settings
     )
+    return recipe, finished
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train and evaluate; one row."""
+    out = Path(job.work) / job.data / job.arm / job.method / str(job.seed)
+    began = time.monotonic()
+    recipe, finished = train(job, out)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     summary = finished.summary
     row = {
@@ -225,7 +289,7 @@ def run(job: Job) -> dict[str, Any]:
         "passes_a_step": recipe.passes(),
         "seconds": round(time.monotonic() - began, 1),
     }
-    keep = job.arm == "plain" and job.method == "pgd_at"
+    keep = job.arm == "plain" and job.method in ("pgd_at", "standard")
     if not keep:
         shutil.rmtree(out)
     return row
@@ -240,7 +304,7 @@ def jobs(asked: argparse.Namespace) -> list[Job]:
         for seed in range(asked.seeds)
         for arm in asked.arms
         for method in ARMS[arm]
-        if asked.only is None or method in asked.only
+        if (asked.only is None or method in asked.only) and (method not in EXTRA or asked.train_images is not None)
     ]
     return [job for job in wanted if job.key not in done]
 

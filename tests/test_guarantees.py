@@ -276,7 +276,7 @@ def test_named_sides_reach_their_own_inputs_and_networks(network: nn.Module, bat
     recipe = small_recipe(Guided(), networks={"guide": guide})
     step = AdversarialStep(recipe, network)
     with pytest.raises(HoldfastError, match="second augmentation"):
-        step(batch, Progress())
+        step(batch._replace(x2=None), Progress())
     step(batch._replace(x2=1 - batch.x), Progress())["loss"].backward()
     assert all(parameter.grad is not None for parameter in guide.parameters())
     assert int(guide[1].num_batches_tracked) >= 1

@@ -302,8 +302,8 @@ def stopped(points: list[np.ndarray], correct: list[np.ndarray], tau: int | None
     for row in range(len(points[0])):
         last = len(points) - 1
         wrong = [t for t in range(last + 1) if not correct[t][row]]
-        if tau is not None and wrong:
-            last = min(last, wrong[0] + tau)
+        if tau is not None and len(wrong) > tau:  # from τ misclassified points it still steps, at the next it stops
+            last = wrong[tau]
         ends.append(points[last][row])
         survived.append(sum(bool(correct[t][row]) for t in range(last)))
     return np.array(ends), np.array(survived)

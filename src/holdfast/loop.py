@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,32 +15,25 @@ from torch import Tensor, nn
 from holdfast import distributed
 from holdfast.attacks.base import AttackWithMemory
 from holdfast.attacks.pgd import PGD
-from holdfast.averages.base import Average
-from holdfast.averages.reestimation import reestimate_statistics
-from holdfast.catastrophic_overfitting import OvertakenAttack, response, snapshot
+from holdfast.catastrophic_overfitting import OvertakenAttack, response
 from holdfast.compilation import compile_in_place
-from holdfast.data.loader import Loader, to_pixels
+from holdfast.data.loader import Loader
 from holdfast.evaluation.accuracy import Evaluation, evaluate
 from holdfast.forward import Batch, View
 from holdfast.interruption import Interrupted, Interruption
 from holdfast.keyed_random import Key
+from holdfast.loop_reestimation import reestimate
+from holdfast.loop_watch import watch
 from holdfast.progress_display import Display
 from holdfast.recipe import Recipe
 from holdfast.runs.checkpoint import load_checkpoint, save_checkpoint
 from holdfast.runs.export import load_model, save_model
 from holdfast.runs.folder import RunFolder
-from holdfast.runs.state import epoch_state, restore, restore_training, training_state
+from holdfast.runs.state import epoch_state, restore
 from holdfast.schedule import Progress, value_at
 from holdfast.setup import Setup
 from holdfast.step import AdversarialStep, Step, not_finite
 
-GUARDED = 128  # held-out images on which catastrophic overfitting is looked for
-ROLLBACKS = 3  # after so many a run that overfits again is stopped
-ADVICE = {
-    "warn": "; train by N-FGSM or with smaller steps, or set --training.catastrophic-overfitting stop or rollback",
-    "stop": "; the run stops here, the best weights so far are kept",
-    "rollback": "; the run goes back to where it still held",
-}
 LOOK_EVERY = 20  # steps between looks at the sums on an accelerator: each look makes it wait
 
 
@@ -143,34 +135,11 @@ class Loop:
             for replay in range(self.step.replays):
                 self.one_step(batch, self.progress(replay))
             self.position += 1
-            self.watch()
+            watch(self)
             if self.stopped:
                 break
             self.pause()
         self.end_epoch()
-
-    def watch(self) -> None:
-        """Look for catastrophic overfitting now and then, and do what the settings say."""
-        done = self.epoch * len(self.loader) + self.position
-        if self.response == "off" or self.progress().warming_up or done % self.settings.overfitting_check:
-            return
-        known = self.guard.found
-        images = self.setup.validation
-        x, y = to_pixels(images.pixels[:GUARDED], self.loader.dtype), images.labels[:GUARDED]
-        branches = getattr(self.step, "branches", {})
-        found = self.guard.look(View(self.model, branch=branches.get("adv", "main")), x, y, self.recipe.threat)
-        if not found:
-            if self.response == "rollback":
-                self.guard.good = snapshot(training_state(self))
-            return
-        if not known:
-            self.display.say(self.guard.message(self.epoch + 1) + ADVICE[self.response])
-        if self.response == "rollback" and self.guard.good is not None and self.guard.rollbacks < ROLLBACKS:
-            restore_training(self, snapshot(self.guard.good))
-            self.guard.rollbacks += 1
-            self.guard.found = False
-        elif self.response in ("stop", "rollback"):
-            self.stopped = True
 
     def one_step(self, batch: Batch, progress: Progress) -> None:
         """Forward, backward, optimisers, averages."""
@@ -249,7 +218,7 @@ class Loop:
             distributed.average_in_place([t for t in (average.exported() or {}).values() if t.is_floating_point()])
             average.after_epoch(self.model, progress)
             if average.reestimate is not None and (validated or average.writes_back):
-                self.reestimate(average, progress)
+                reestimate(self, average, progress)
         line = self.metrics_line(progress)
         if validated:
             self.load_exported()
@@ -343,34 +312,6 @@ class Loop:
 
     def load_exported(self) -> None:
         self.evaluated.load_state_dict(dict(self.exported()))
-
-    def reestimate(self, average: Average, progress: Progress) -> None:
-        """Measure BatchNorm's running statistics anew for what an average wrote or exports, in every branch."""
-        model = self.reestimated
-        state = average.exported() or (self.model.state_dict() if average.writes_back else None)
-        if state is None or model is None:
-            return
-        model.load_state_dict(dict(state))
-        self.evaluated.load_state_dict({name: state[name] for name in self.evaluated.state_dict()})
-        others = set(getattr(self.step, "branches", {}).values())
-
-        adversarial = average.reestimate == "adversarial" or bool(others)  # a split main branch never sees clean ones
-
-        def images(batch: Batch) -> dict[str, Tensor]:
-            if not isinstance(self.step, AdversarialStep) or self.step.attack is None:
-                return {"main": batch.x}
-            batch = self.step.with_noise(batch, progress)
-            x = batch.x
-            if adversarial:
-                x = self.step.find(batch, self.step.objective, progress, model=self.evaluated).x_adv
-            return {"main": x, **dict.fromkeys(others, batch.x)}
-
-        wanted = average.reestimate_images
-        steps = len(self.loader) if wanted is None else math.ceil(wanted / self.loader.batch_size)
-        reestimate_statistics(model, itertools.islice(self.loader.batches(self.epoch), steps), images)
-        for name, buffer in model.named_buffers():
-            if name in state:  # what a model does not save is not re-estimated
-                state[name].copy_(buffer)
 
     def evaluation(self, images: Any, steps: int, n: int | None) -> Evaluation:
         """Clean accuracy and PGD of the weights that are loaded for evaluation."""

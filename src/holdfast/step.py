@@ -93,6 +93,8 @@ class AdversarialStep(nn.Module):
         device = batch.x.device.type
         with _forked_generator(progress, batch.x.device), self.autocast(device):
             batch = self.with_noise(batch, progress)
+            if objective.attacks_soft_labels and self.recipe.label_smoothing and batch.target is None:
+                batch = self.smoothed(batch, {"one": self.one(batch)})
             attacked = self.find(batch, objective, progress) if objective.attacks(sides) else None
             views = self.outer_views(objective, sides, {} if progress.warming_up else self.branches)
             if not progress.warming_up:
@@ -113,6 +115,11 @@ class AdversarialStep(nn.Module):
             return batch
         share = uniform(progress.key("input noise"), batch.rows, batch.x.shape[1:], dtype=batch.x.dtype)
         return batch._replace(x=batch.x + radius * (2 * share - 1))
+
+    @torch.no_grad()
+    def one(self, batch: Batch) -> Outputs:
+        """The classifier's outputs for one image of the batch, for their shape."""
+        return View(self.model)(batch.x[:1])
 
     def smoothed(self, batch: Batch, outputs: Mapping[str, Outputs]) -> Batch:
         """The batch with the recipe's soft labels, where whoever made the batch has not given any."""

@@ -121,7 +121,7 @@ class PriorGuidedFGSM(AttackWithMemory):
         x_adv = threat.project(x + prior + step_size * gradient.sign(), x)
         if self.training:
             moment = value_at(self.momentum, progress) * moment + gradient / gradient.abs().sum().clamp_min(1e-12)
-            moved = (prior + step_size * moment.sign()).clamp(-threat.epsilon, threat.epsilon)
+            moved = threat.project(x + prior + step_size * moment.sign(), x) - x
             self.remember(batch.rows, moved, moment, progress.epoch // self.reset_every)
         return Attacked(x_adv.detach(), (logits.argmax(1) == batch.y).long(), 1, {"adv_prior": start})
 

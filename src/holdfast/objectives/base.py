@@ -51,6 +51,7 @@ class Objective(nn.Module):
         untracked_sides: Sides whose forward leaves BatchNorm's running statistics alone.
         detached_sides: Sides of whose outputs no gradient is taken: their forward keeps no graph.
         least_attack_steps: How many steps the attack must take for the method to mean anything.
+        attacks_soft_labels: Its attack climbs the loss against smoothed labels.
         takes_mixed_images: It makes sense with MixUp and CutMix.
     """
 
@@ -64,6 +65,7 @@ class Objective(nn.Module):
     untracked_sides: Sequence[str] = ()
     detached_sides: Sequence[str] = ()
     least_attack_steps: int = 0
+    attacks_soft_labels: bool = False
     takes_mixed_images: bool = True
 
     def prepare(self, model: nn.Module, x: Tensor, images: int = 0) -> None:

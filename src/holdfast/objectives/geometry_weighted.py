@@ -51,7 +51,7 @@ class GeometryWeighted(Objective):
 
     def weights(self, survived: Tensor, steps: int, shift: float = -1.0) -> Tensor:
         """ω over its mean, (B,), for the numbers of survived steps."""
-        share = survived.to(torch.float32) / max(1, steps)
+        share = survived.double() / max(1, steps)
         weight = (1 + torch.tanh(shift + 5 * (1 - 2 * share))) / 2
         return weight / weight.mean()
 

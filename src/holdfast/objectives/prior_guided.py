@@ -38,6 +38,7 @@ class PriorGuided(Objective):
         ('adv_prior', 'adv')
     """
 
+    attacks_soft_labels = True
     needs_others: Sequence[str] = ("adv_prior",)
 
     def __init__(self, *, strength: Scalar = 10.0) -> None:

@@ -1,0 +1,45 @@
+"""What the loop does about catastrophic overfitting."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from holdfast.catastrophic_overfitting import snapshot
+from holdfast.data.loader import to_pixels
+from holdfast.forward import View
+from holdfast.runs.state import restore_training, training_state
+
+if TYPE_CHECKING:
+    from holdfast.loop import Loop
+
+GUARDED = 128  # held-out images on which catastrophic overfitting is looked for
+ROLLBACKS = 3  # after so many a run that overfits again is stopped
+ADVICE = {
+    "warn": "; train by N-FGSM or with smaller steps, or set --training.catastrophic-overfitting stop or rollback",
+    "stop": "; the run stops here, the best weights so far are kept",
+    "rollback": "; the run goes back to where it still held",
+}
+
+
+def watch(loop: Loop) -> None:
+    """Look for catastrophic overfitting now and then, and do what the settings say."""
+    done = loop.epoch * len(loop.loader) + loop.position
+    if loop.response == "off" or loop.progress().warming_up or done % loop.settings.overfitting_check:
+        return
+    known = loop.guard.found
+    images = loop.setup.validation
+    x, y = to_pixels(images.pixels[:GUARDED], loop.loader.dtype), images.labels[:GUARDED]
+    branches = getattr(loop.step, "branches", {})
+    found = loop.guard.look(View(loop.model, branch=branches.get("adv", "main")), x, y, loop.recipe.threat)
+    if not found:
+        if loop.response == "rollback":
+            loop.guard.good = snapshot(training_state(loop))
+        return
+    if not known:
+        loop.display.say(loop.guard.message(loop.epoch + 1) + ADVICE[loop.response])
+    if loop.response == "rollback" and loop.guard.good is not None and loop.guard.rollbacks < ROLLBACKS:
+        restore_training(loop, snapshot(loop.guard.good))
+        loop.guard.rollbacks += 1
+        loop.guard.found = False
+    elif loop.response in ("stop", "rollback"):
+        loop.stopped = True

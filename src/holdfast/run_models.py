@@ -1,0 +1,110 @@
+"""The networks of a run: the classifier with its initial weights, and what a method trains or learns from beside it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.data.images import Dataset, Images
+from holdfast.data.loader import to_pixels
+from holdfast.errors import HoldfastError
+from holdfast.forward import View
+from holdfast.keyed_random import Key
+from holdfast.models.factory import accepted, build
+from holdfast.recipe import Recipe
+from holdfast.runs.export import load_model, load_weights, model_description, model_folder, read_weights
+
+DERIVED = ("num_classes", "channels", "image_size", "mean", "std")  # of a model's arguments: known from the data
+
+
+def build_model(
+    model: str | nn.Module, dataset: Dataset, training: Images, seed: int, options: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with its initial weights, and what is needed to rebuild it."""
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model), model_description(None, model)
+    pixels = training.pixels.flatten(0, 2).double() / 255
+    statistics = {
+        "mean": [round(value, 4) for value in pixels.mean(0).tolist()],
+        "std": [round(max(value, 1e-3), 4) for value in pixels.std(0).tolist()],
+    }
+    spec = {
+        "name": model,
+        "num_classes": dataset.num_classes,
+        "channels": dataset.channels,
+        "image_size": list(dataset.image_size),
+        **accepted(model, statistics),
+        **options,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(Key(seed).fold("initial weights").torch_seed)
+        network = build(str(spec["name"]), **{key: value for key, value in spec.items() if key != "name"})
+    return network, spec
+
+
+def load_initial(network: nn.Module, init: str | Path) -> None:
+    """Begin from the weights of a run, a model folder or a file."""
+    source = Path(init) if str(init).endswith(".safetensors") else model_folder(Path(init)) / "model.safetensors"
+    load_weights(network, read_weights(source), source)
+
+
+def further_networks(
+    recipe: Recipe,
+    classifier: nn.Module,
+    spec: Mapping[str, Any],
+    dataset: Dataset,
+    training: Images,
+    seed: int,
+    *,
+    started: bool,
+) -> dict[str, nn.Module]:
+    """The method's further networks, built and loaded; those that are not trained stand still.
+
+    Raises:
+        HoldfastError: a network has no weights though it is not trained, or its description is wrong.
+    """
+    built: dict[str, nn.Module] = {}
+    for name, wanted in recipe.networks.items():
+        if isinstance(wanted, nn.Module):
+            built[name] = copy.deepcopy(wanted)
+            continue
+        folder = None if wanted.init is None or wanted.init.endswith(".safetensors") else Path(wanted.init)
+        if not wanted.trained and wanted.init is None:
+            raise HoldfastError(
+                f"{recipe.name} learns from the trained network {name!r}: say where it lies, --networks.{name}.init RUN"
+            )
+        if folder is not None and not wanted.model:
+            module = load_model(folder)
+        else:
+            options = {key: spec[key] for key in spec if key not in DERIVED} if not wanted.model else {}
+            kind = wanted.model or str(spec.get("name") or "")
+            if not kind:
+                raise HoldfastError(f"the network {name!r} has no name: give --networks.{name}.model NAME")
+            options.pop("name", None)
+            module, _ = build_model(kind, dataset, training, Key(seed).fold(name).torch_seed, options)
+            if wanted.init is not None and not started:
+                load_initial(module, wanted.init)
+        built[name] = module.requires_grad_(wanted.trained)
+        same_classes(name, built[name], classifier, training)
+    return built
+
+
+def same_classes(name: str, network: nn.Module, classifier: nn.Module, training: Images) -> None:
+    """Refuse a further network that cannot look at the images or gives other logits than the classifier's kind."""
+    sample = to_pixels(training.pixels[:2].cpu())
+    try:
+        with torch.no_grad():
+            found = View(network)(sample).logits.shape
+            expected = View(copy.deepcopy(classifier).float().cpu())(sample).logits.shape
+    except RuntimeError as error:
+        raise HoldfastError(f"the network {name!r} cannot look at these images: {str(error).splitlines()[0]}") from None
+    if found != expected:
+        raise HoldfastError(
+            f"the network {name!r} tells {found[1]} classes apart and the classifier {expected[1]}: give one trained on"
+            " the same classes"
+        )
