@@ -41,7 +41,7 @@ class OvertakenAttack:
         rollbacks: How often the run was set back.
         good: What the run is set back to: the state at the last look that did not find it.
 
-    Source: Wong et al., ICLR 2020, arXiv:2001.03994, section 5.4 (the drop of PGD-5 accuracy by 0.2).
+    Source: Wong et al., ICLR 2020, arXiv:2001.03994, and its code (the drop of PGD-5 accuracy by 0.2).
     Differs from the reference: held-out images instead of a training batch; the second condition; the drop is measured
         from the best of the run, not from the last look.
 

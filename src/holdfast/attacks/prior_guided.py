@@ -39,7 +39,7 @@ class PriorGuidedFGSM(AttackWithMemory):
         HoldfastError: a setting is out of range, the norm is not Linf, images have no index, or `prepare` was not
             called.
     Source: Jia et al., ECCV 2022 (Prior-Guided Adversarial Initialization for Fast Adversarial Training),
-        arXiv:2207.08859, eq. (6) to (8). Reference code: jiaxiaojunQAQ/FGSM-PGI.
+        arXiv:2207.08859. Reference code: jiaxiaojunQAQ/FGSM-PGI.
     Differs from the reference: running statistics of BatchNorm by default; the start is clamped to the pixel bounds,
         there not. As there, the remembered perturbation does not move with the image's random crop and flip.
 

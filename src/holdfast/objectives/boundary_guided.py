@@ -28,7 +28,7 @@ class BoundaryGuided(Objective):
         Squared logits, and nats.
     Raises:
         HoldfastError: beta is negative. Recipes without a network "guide", and with MixUp or CutMix, are refused.
-    Source: Cui et al., ICCV 2021, arXiv:2011.11164, eq. (4), (5). Reference code: dvlab-research/LBGAT.
+    Source: Cui et al., ICCV 2021, arXiv:2011.11164. Reference code: dvlab-research/LBGAT.
     Differs from the reference: the attack's clean prediction is computed once; the guide stands in no attack, so that
         its BatchNorm statistics move once a step, as there.
 

@@ -27,7 +27,7 @@ class Consistency(Objective):
         Nats.
     Raises:
         HoldfastError: strength is negative, or temperature is not positive.
-    Source: Tack et al., AAAI 2022, arXiv:2103.04623, eq. (4), (5). Reference code: alinlab/consistency-adversarial.
+    Source: Tack et al., AAAI 2022, arXiv:2103.04623. Reference code: alinlab/consistency-adversarial.
     Differs from the reference: two forwards of B images instead of one of 2B, so that BatchNorm sees the views apart.
 
     Example:

@@ -39,7 +39,7 @@ class DecoupledKL(Objective):
         Nats and squared logits.
     Raises:
         HoldfastError: a number is negative, temperature is not positive, or the objective is not prepared.
-    Source: Cui et al., NeurIPS 2024, arXiv:2305.13948, eq. (5) to (9). Reference code: jiequancui/DKL.
+    Source: Cui et al., NeurIPS 2024, arXiv:2305.13948. Reference code: jiequancui/DKL.
     Differs from the reference: the sum over pairs is computed in O(K) for an image, not O(K²); a class that an epoch
         did not hold keeps its means; the attack's clean logits are computed once.
 

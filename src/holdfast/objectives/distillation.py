@@ -31,7 +31,7 @@ class Distillation(Objective):
         Nats.
     Raises:
         HoldfastError: a λ is negative, or temperature is not positive. Recipes without the teachers are refused.
-    Source: Chen et al., ICLR 2021 (Robust Overfitting may be mitigated by properly learned smoothening), eq. (2).
+    Source: Chen et al., ICLR 2021 (Robust Overfitting may be mitigated by properly learned smoothening).
         Reference code: VITA-Group/Alleviate-Robust-Overfitting.
     Differs from the reference: nothing known.
 

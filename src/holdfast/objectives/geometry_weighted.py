@@ -31,7 +31,7 @@ class GeometryWeighted(Objective):
     Raises:
         HoldfastError: begin is negative. A recipe whose attack takes one step is refused: κ cannot tell images
             apart.
-    Source: Zhang et al., ICLR 2021, arXiv:2010.01736, eq. (4) to (6). Reference code:
+    Source: Zhang et al., ICLR 2021, arXiv:2010.01736. Reference code:
         zjfheart/Geometry-aware-Instance-reweighted-Adversarial-Training.
     Differs from the reference: ω is not changed by a further "piecewise" schedule of Λ, which its code cannot reach.
         PGD flatters this method: its gradients are masked (published: PGD-20 57.8 %, AutoAttack about 40 %).

@@ -36,7 +36,7 @@ class LabelRefinement(Objective):
     Raises:
         HoldfastError: a share lies outside its range, or the objective is not prepared with the number of images.
             Recipes with MixUp or CutMix are refused: the memory holds labels of single images.
-    Source: Zhuo et al., CVPR 2024 (Soften to Defend: Self-Guided Label Refinement), arXiv:2403.09101. Reference code:
+    Source: Li et al., CVPR 2024 (Soften to Defend: Self-Guided Label Refinement), arXiv:2403.09101. Reference code:
         devicerxx/SGLS.
     Differs from the reference: label smoothing, where a recipe has it, softens the labels that the memory begins with.
 

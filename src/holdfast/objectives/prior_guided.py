@@ -30,7 +30,7 @@ class PriorGuided(Objective):
         Nats and squared logits.
     Raises:
         HoldfastError: strength is negative. Recipes whose attack remembers nothing are refused.
-    Source: Jia et al., ECCV 2022, arXiv:2207.08859, eq. (11). Reference code: jiaxiaojunQAQ/FGSM-PGI.
+    Source: Jia et al., ECCV 2022, arXiv:2207.08859. Reference code: jiaxiaojunQAQ/FGSM-PGI.
     Differs from the reference: the start is run again for the loss, not kept from the attack.
 
     Example:

@@ -11,6 +11,7 @@ from holdfast.recipes.baselines import pgd_at
 from holdfast.recipes.iseat import iseat
 from holdfast.recipes.settings import Threat, is_wide
 from holdfast.recipes.weight_perturbation import awp
+from holdfast.views.worst_weights import WorstWeights
 
 
 def idbh(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> Recipe:
@@ -49,7 +50,7 @@ def idbh_awp(*, epsilon: Threat, model: str = "", paper_settings: bool = False) 
         model: The network's name; without effect here.
         paper_settings: As in `awp`.
 
-    Source: Li and Spratling, ICLR 2023, arXiv:2301.09879, table 2.
+    Source: Li and Spratling, ICLR 2023, arXiv:2301.09879.
     Differs from the reference: as `IDBH` and `awp`.
     """
     recipe = awp(epsilon=epsilon, model=model, paper_settings=paper_settings)
@@ -59,15 +60,21 @@ def idbh_awp(*, epsilon: Threat, model: str = "", paper_settings: bool = False) 
 def iseat_idbh(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> Recipe:
     """ISEAT with IDBH.
 
-    The strong version, for wide networks (WRN) the weak one; otherwise `iseat`.
+    γ = 0.005, 400 epochs; the strong version, for wide networks (WRN) the weak one; otherwise `iseat`.
 
     Args:
         epsilon: The threat model, or its Linf radius; 8/255 in the paper.
         model: The network's name: wide networks get the weak version.
         paper_settings: As in `iseat`.
 
-    Source: Li and Spratling (ISEAT), table 2.
-    Differs from the reference: as `iseat`; which version that table uses is not known to us.
+    Source: Li and Spratling (ISEAT), section 6 and table 2.
+    Differs from the reference: as `iseat`; which version of IDBH the paper uses is not known to us.
     """
     recipe = iseat(epsilon=epsilon, model=model, paper_settings=paper_settings)
-    return replace(recipe, name="iseat_idbh", augmentation=IDBH(strength="weak" if is_wide(model) else "strong"))
+    return replace(
+        recipe,
+        name="iseat_idbh",
+        views=(WorstWeights(gamma=0.005),),
+        augmentation=IDBH(strength="weak" if is_wide(model) else "strong"),
+        epochs=400,
+    )

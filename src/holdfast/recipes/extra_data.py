@@ -10,6 +10,7 @@ from holdfast.objectives.logit_stability import LogitStability
 from holdfast.objectives.mart import MART
 from holdfast.objectives.trades import TRADES
 from holdfast.recipe import SGD, Recipe
+from holdfast.recipes.iseat import iseat
 from holdfast.recipes.settings import Threat, is_wide, pgd10, threat_of, trades_pgd10
 from holdfast.schedule import Schedule, after_first_decay, one_cycle
 from holdfast.views.worst_weights import WorstWeights
@@ -54,7 +55,7 @@ def rst_mart(*, epsilon: Threat, model: str = "", paper_settings: bool = False) 
         model: The network's name: wide networks get β = 6.
         paper_settings: As in `rst`.
 
-    Source: Wang et al., ICLR 2020, table 5; named in ISEAT.
+    Source: Wang et al., ICLR 2020; Carmon et al., arXiv:1905.13736; named in ISEAT.
     Differs from the reference: MART's own settings with extra images are not known to us.
     """
     recipe = rst(epsilon=epsilon, model=model, paper_settings=paper_settings)
@@ -88,7 +89,7 @@ def rst_awp(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -
         model: The network's name; without effect here.
         paper_settings: As in `rst`.
 
-    Source: Wu et al., arXiv:2004.05884, table 3.
+    Source: Wu et al., arXiv:2004.05884; named in ISEAT.
     Differs from the reference: as `rst` and `trades_awp`, without its warm-up.
     """
     recipe = rst(epsilon=epsilon, model=model, paper_settings=paper_settings)
@@ -117,26 +118,25 @@ def rst_rwp(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -
 
 
 def rst_iseat(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> Recipe:
-    """ISEAT with RST's extra images.
+    """ISEAT with extra images, half of every batch.
 
-    λ = 0.01 once the learning rate has begun to drop (a half cosine: from the start), γ = 0.005, PGD-10 from x;
-    otherwise `rst`.
+    λ = 0.01 once the learning rate has first dropped, γ = 0.005, batch 256; otherwise `iseat`.
 
     Args:
         epsilon: The threat model, or its Linf radius; 8/255 in the paper.
         model: The network's name; without effect here.
-        paper_settings: Without effect here.
+        paper_settings: As in `iseat`.
 
-    Source: Li and Spratling (ISEAT), section 6 and table 3.
-    Differs from the reference: how its run with extra images is scheduled is not known to us.
+    Source: Li and Spratling (ISEAT), section 6 and table 2.
+    Differs from the reference: as `iseat`.
     """
-    threat = threat_of(epsilon)
     return replace(
-        rst(epsilon=threat, model=model),
+        iseat(epsilon=epsilon, model=model, paper_settings=paper_settings),
         name="rst_iseat",
-        attack=replace(pgd10(threat), random_start=False),
         objective=LogitStability(strength=after_first_decay(0.01)),
         views=(WorstWeights(gamma=0.005),),
+        batch_size=256,
+        extra_share=0.5,
     )
 
 

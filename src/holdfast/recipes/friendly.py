@@ -65,7 +65,7 @@ def fat_trades(*, epsilon: Threat, model: str = "", paper_settings: bool = False
         model: The network's name; without effect here.
         paper_settings: The attack starts at normal noise of 0.001 and takes steps of 0.007 at epsilon 0.031.
 
-    Source: Zhang et al., ICML 2020, arXiv:2002.11242, section 4. Reference code: `FAT_for_TRADES.py`.
+    Source: Zhang et al., ICML 2020, arXiv:2002.11242. Reference code: `FAT_for_TRADES.py`.
     Differs from the reference: as `fat` and `TRADES`.
     """
     threat = threat_of(epsilon)
@@ -91,7 +91,7 @@ def fat_mart(*, epsilon: Threat, model: str = "", paper_settings: bool = False) 
         model: The network's name: wide networks get MART's other optimiser and β.
         paper_settings: The attack starts at normal noise of 0.001 and takes steps of 0.007 at epsilon 0.031.
 
-    Source: Zhang et al., ICML 2020, arXiv:2002.11242, section 4. Reference code: `FAT_for_MART.py`.
+    Source: Zhang et al., ICML 2020, arXiv:2002.11242. Reference code: `FAT_for_MART.py`.
     Differs from the reference: as `fat` and `MART`; its learning-rate drop is not known to us.
     """
     threat = threat_of(epsilon)

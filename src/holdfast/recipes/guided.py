@@ -80,7 +80,7 @@ def sglr(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> R
         model: The network's name; without effect here.
         paper_settings: Without effect here: its code attacks under running statistics too.
 
-    Source: Zhuo et al., CVPR 2024, arXiv:2403.09101. Reference code: devicerxx/SGLS.
+    Source: Li et al., CVPR 2024, arXiv:2403.09101. Reference code: devicerxx/SGLS.
     Differs from the reference: as `LabelRefinement`; the memory is kept in checkpoints, there it begins anew.
     """
     return replace(pgd_at(epsilon=epsilon, model=model), name="sglr", objective=LabelRefinement())

@@ -62,7 +62,7 @@ class LearnableStrategy:
         Multiples of a radius in pixel scale.
     Raises:
         HoldfastError: a setting is out of range. Recipes with an attack of their own are refused.
-    Source: Jia et al., CVPR 2022, arXiv:2203.06616, section 3, algorithm 1. Reference code: jiaxiaojunQAQ/LAS-AT.
+    Source: Jia et al., CVPR 2022, arXiv:2203.06616. Reference code: jiaxiaojunQAQ/LAS-AT.
     Differs from the reference: on an update's step the images that are rewarded are also trained on, and the update
         acts from the next step on (the reference draws and attacks anew, after the update). The look-ahead keeps the
         running statistics of the classifier, and its attack runs under them; the reference leaves the copy in training

@@ -33,7 +33,7 @@ class StrategyAttack:
         Multiples of a radius in pixel scale.
     Raises:
         HoldfastError: the norm is L1.
-    Source: Jia et al., CVPR 2022, arXiv:2203.06616, section 3.1.
+    Source: Jia et al., CVPR 2022, arXiv:2203.06616.
     Differs from the reference: the draw is keyed by seed, epoch and image. See also `rowwise_pgd`.
 
     Example:

@@ -52,7 +52,7 @@ class StrategyNetwork(nn.Module):
         x in pixel scale [0, 1].
     Raises:
         HoldfastError: width is below 2.
-    Source: Jia et al., CVPR 2022, arXiv:2203.06616, section 3.1.
+    Source: Jia et al., CVPR 2022, arXiv:2203.06616.
     Differs from the reference: that is a ResNet-18 with BatchNorm, which trains under batch statistics and chooses
         under running ones; it has a fourth head for the kind of attack, of which there is only one.
 
