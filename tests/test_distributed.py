@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,36 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from holdfast import EMA, SWA, TRADES, Interpolation, NormalizedMSE, SplitBatchNorm, WorstWeights, distributed, fit
+from holdfast import (
+    EMA,
+    SWA,
+    TRADES,
+    AdversarialTraining,
+    BoundaryGuided,
+    ClassStartFGSM,
+    Consistency,
+    CutMix,
+    DecoupledKL,
+    Free,
+    Interpolation,
+    LabelRefinement,
+    LearnableStrategy,
+    NormalizedMSE,
+    PriorGuided,
+    PriorGuidedFGSM,
+    Recipe,
+    SplitBatchNorm,
+    StartConsistency,
+    WorstWeights,
+    distributed,
+    fit,
+)
 from holdfast.errors import HoldfastError
 from holdfast.forward import Forward
 from holdfast.interruption import Interrupted
 from holdfast.loop import Loop
 from holdfast.runs.folder import RunFolder
 from holdfast.schedule import Progress
-from holdfast.steps.learnable_strategy import LearnableStrategy
 from tiny_runs import (
     FP32,
     FP64,
@@ -103,6 +126,8 @@ def exact(case: str) -> dict[str, Any]:
         choices = {"epsilons": [0.5, 1.0, 1.5], "steps": [1, 2, 3], "step_sizes": [0.25, 1.0]}
         step = LearnableStrategy(**choices, period=3, learning_rate=0.05, look_ahead_steps=2, width=4)
         recipe = replace(recipe, attack=None, train_ball="unbounded", step=step, views=(WorstWeights(gamma=0.05),))
+    if case in METHODS:
+        recipe = METHODS[case](replace(recipe, warmup=0.0))
     settings = replace(FP64, drop_last=case != "uneven")
     # 73 images: 7 are held out and 66 are left, so that a batch of 13 leaves one over, for rank 0 alone
     return {
@@ -127,7 +152,18 @@ def coupled() -> dict[str, Any]:
     return {"recipe": recipe, "data": toy(), "model": tiny_net(dropout=0.2), "settings": FP32}
 
 
-CASES = ("pgd_at", "piat", "uneven", "weights", "strategy")
+METHODS: dict[str, Callable[[Recipe], Recipe]] = {  # with memories, further networks, replays or mixed images
+    "labels": lambda recipe: replace(recipe, objective=LabelRefinement(begin=0.3)),
+    "prior": lambda recipe: replace(recipe, objective=PriorGuided(), attack=PriorGuidedFGSM(reset_every=4)),
+    "classes": lambda recipe: replace(recipe, objective=DecoupledKL(beta=2.0)),
+    "start": lambda recipe: replace(recipe, objective=StartConsistency(), attack=ClassStartFGSM(period=3)),
+    "views": lambda recipe: replace(recipe, objective=Consistency(), mixing=CutMix()),
+    "guide": lambda recipe: replace(
+        recipe, objective=BoundaryGuided(beta=1.0), networks={"guide": tiny_net(norm=False, seed=9)}
+    ),
+    "free": lambda recipe: replace(recipe, attack=None, objective=AdversarialTraining(), step=Free(replays=2)),
+}
+CASES = ("pgd_at", "piat", "uneven", "weights", "strategy", *METHODS)
 
 
 def process(rank: int, folder: Path) -> None:

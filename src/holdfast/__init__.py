@@ -12,34 +12,56 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from holdfast import recipes as recipes
+    from holdfast.attacks.class_start import ClassStartFGSM as ClassStartFGSM
+    from holdfast.attacks.collaborative import CollaborativePGD as CollaborativePGD
     from holdfast.attacks.fgsm import FGSM as FGSM
     from holdfast.attacks.pgd import PGD as PGD
+    from holdfast.attacks.prior_guided import PriorGuidedFGSM as PriorGuidedFGSM
     from holdfast.averages.ema import EMA as EMA
     from holdfast.averages.interpolation import Interpolation as Interpolation
     from holdfast.averages.swa import SWA as SWA
+    from holdfast.data.idbh import IDBH as IDBH
+    from holdfast.data.mixing import CutMix as CutMix
+    from holdfast.data.mixing import MixUp as MixUp
     from holdfast.data.sources import load as load_data
     from holdfast.errors import HoldfastError as HoldfastError
     from holdfast.evaluation.accuracy import evaluate as evaluate
     from holdfast.forward import Batch as Batch
     from holdfast.forward import View as View
+    from holdfast.further_network import FurtherNetwork as FurtherNetwork
     from holdfast.models.factory import build as build_model
     from holdfast.objectives.adversarial_training import AdversarialTraining as AdversarialTraining
     from holdfast.objectives.asymmetric_invariance import AsymmetricInvariance as AsymmetricInvariance
     from holdfast.objectives.asymmetric_trades import AsymmetricTRADES as AsymmetricTRADES
     from holdfast.objectives.base import Objective as Objective
+    from holdfast.objectives.boundary_guided import BoundaryGuided as BoundaryGuided
+    from holdfast.objectives.consistency import Consistency as Consistency
+    from holdfast.objectives.decoupled_kl import DecoupledKL as DecoupledKL
+    from holdfast.objectives.distillation import Distillation as Distillation
+    from holdfast.objectives.fisher_rao import FisherRaoMART as FisherRaoMART
+    from holdfast.objectives.geometry_weighted import GeometryWeighted as GeometryWeighted
+    from holdfast.objectives.guided_adversarial import GuidedAdversarial as GuidedAdversarial
+    from holdfast.objectives.label_refinement import LabelRefinement as LabelRefinement
     from holdfast.objectives.logit_pairing import LogitPairing as LogitPairing
     from holdfast.objectives.logit_stability import LogitStability as LogitStability
     from holdfast.objectives.mart import MART as MART
     from holdfast.objectives.normalized_mse import NormalizedMSE as NormalizedMSE
+    from holdfast.objectives.nuclear_norm import NuclearNorm as NuclearNorm
+    from holdfast.objectives.one_vs_rest import OneVsRest as OneVsRest
+    from holdfast.objectives.prior_guided import PriorGuided as PriorGuided
     from holdfast.objectives.squared_probabilities import SquaredProbabilities as SquaredProbabilities
+    from holdfast.objectives.squeeze_training import SqueezeTraining as SqueezeTraining
     from holdfast.objectives.standard import StandardTraining as StandardTraining
+    from holdfast.objectives.start_consistency import StartConsistency as StartConsistency
     from holdfast.objectives.trades import TRADES as TRADES
     from holdfast.recipe import Recipe as Recipe
     from holdfast.runs.export import load_model as load_model
     from holdfast.schedule import Progress as Progress
     from holdfast.schedule import Schedule as Schedule
-    from holdfast.setup import Settings as Settings
+    from holdfast.settings import Settings as Settings
     from holdfast.step import AdversarialStep as AdversarialStep
+    from holdfast.steps.free import Free as Free
+    from holdfast.steps.learnable_strategy import LearnableStrategy as LearnableStrategy
     from holdfast.threat import L1 as L1
     from holdfast.threat import L2 as L2
     from holdfast.threat import Linf as Linf
@@ -67,7 +89,7 @@ _PLACES = {
     "load_model": ("runs.export", "load_model"),
     "Progress": ("schedule", "Progress"),
     "Schedule": ("schedule", "Schedule"),
-    "Settings": ("setup", "Settings"),
+    "Settings": ("settings", "Settings"),
     "AdversarialStep": ("step", "AdversarialStep"),
     "L1": ("threat", "L1"),
     "L2": ("threat", "L2"),
@@ -82,6 +104,28 @@ _PLACES = {
     "LogitPairing": ("objectives.logit_pairing", "LogitPairing"),
     "AsymmetricTRADES": ("objectives.asymmetric_trades", "AsymmetricTRADES"),
     "AsymmetricInvariance": ("objectives.asymmetric_invariance", "AsymmetricInvariance"),
+    "ClassStartFGSM": ("attacks.class_start", "ClassStartFGSM"),
+    "CollaborativePGD": ("attacks.collaborative", "CollaborativePGD"),
+    "PriorGuidedFGSM": ("attacks.prior_guided", "PriorGuidedFGSM"),
+    "IDBH": ("data.idbh", "IDBH"),
+    "CutMix": ("data.mixing", "CutMix"),
+    "MixUp": ("data.mixing", "MixUp"),
+    "FurtherNetwork": ("further_network", "FurtherNetwork"),
+    "BoundaryGuided": ("objectives.boundary_guided", "BoundaryGuided"),
+    "Consistency": ("objectives.consistency", "Consistency"),
+    "DecoupledKL": ("objectives.decoupled_kl", "DecoupledKL"),
+    "Distillation": ("objectives.distillation", "Distillation"),
+    "FisherRaoMART": ("objectives.fisher_rao", "FisherRaoMART"),
+    "GeometryWeighted": ("objectives.geometry_weighted", "GeometryWeighted"),
+    "GuidedAdversarial": ("objectives.guided_adversarial", "GuidedAdversarial"),
+    "LabelRefinement": ("objectives.label_refinement", "LabelRefinement"),
+    "NuclearNorm": ("objectives.nuclear_norm", "NuclearNorm"),
+    "OneVsRest": ("objectives.one_vs_rest", "OneVsRest"),
+    "PriorGuided": ("objectives.prior_guided", "PriorGuided"),
+    "SqueezeTraining": ("objectives.squeeze_training", "SqueezeTraining"),
+    "StartConsistency": ("objectives.start_consistency", "StartConsistency"),
+    "Free": ("steps.free", "Free"),
+    "LearnableStrategy": ("steps.learnable_strategy", "LearnableStrategy"),
 }
 
 __all__ = [  # noqa: RUF022 - in the order of use, not of the alphabet
@@ -103,6 +147,14 @@ __all__ = [  # noqa: RUF022 - in the order of use, not of the alphabet
     "L1",
     "PGD",
     "FGSM",
+    "CollaborativePGD",
+    "PriorGuidedFGSM",
+    "ClassStartFGSM",
+    "Free",
+    "LearnableStrategy",
+    "IDBH",
+    "MixUp",
+    "CutMix",
     "Objective",
     "StandardTraining",
     "AdversarialTraining",
@@ -114,6 +166,20 @@ __all__ = [  # noqa: RUF022 - in the order of use, not of the alphabet
     "AsymmetricTRADES",
     "AsymmetricInvariance",
     "LogitStability",
+    "BoundaryGuided",
+    "Consistency",
+    "DecoupledKL",
+    "Distillation",
+    "FisherRaoMART",
+    "GeometryWeighted",
+    "GuidedAdversarial",
+    "LabelRefinement",
+    "NuclearNorm",
+    "OneVsRest",
+    "PriorGuided",
+    "SqueezeTraining",
+    "StartConsistency",
+    "FurtherNetwork",
     "WorstWeights",
     "SplitBatchNorm",
     "EMA",

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import distributed
-from holdfast.attacks.base import AttackWithMemory
 from holdfast.attacks.pgd import PGD
 from holdfast.catastrophic_overfitting import OvertakenAttack, response
 from holdfast.compilation import compile_in_place
@@ -208,10 +207,7 @@ class Loop:
         self.position += 1
         distributed.average_buffers(self.model)
         if isinstance(self.step, AdversarialStep):
-            distributed.average_buffers(self.step.networks)
-            self.step.objective.after_epoch(progress)
-            if isinstance(self.step.attack, AttackWithMemory):
-                self.step.attack.after_epoch(progress)
+            self.step.after_epoch(progress)
         last = self.epoch + 1 == self.recipe.epochs or self.stopped
         validated = (self.epoch + 1) % self.settings.validate_every == 0 or last
         for average in self.recipe.averages:

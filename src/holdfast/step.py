@@ -266,6 +266,13 @@ class AdversarialStep(nn.Module):
     def after_backward(self, progress: Progress) -> None:
         """Nothing: the averages and the objective have no use for raw gradients."""
 
+    def after_epoch(self, progress: Progress) -> None:
+        """Called at an epoch's end on all processes: what they hold beside the classifier becomes equal."""
+        distributed.average_buffers(self.networks)
+        self.objective.after_epoch(progress)
+        if isinstance(self.attack, AttackWithMemory):
+            self.attack.after_epoch(progress)
+
 
 def built_networks(recipe: Recipe) -> dict[str, nn.Module]:
     """The recipe's further networks.

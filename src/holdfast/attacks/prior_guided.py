@@ -21,8 +21,8 @@ class PriorGuidedFGSM(AttackWithMemory):
     .. math:: g = \nabla_x \ell(f(x + \eta_i), y), \quad x' = \Pi(x + \eta_i + \epsilon\,\mathrm{sign}\,g), \quad
         m_i \leftarrow \mu m_i + \frac{g}{\|g\|_1}, \quad \eta_i \leftarrow \Pi(\eta_i + \epsilon\,\mathrm{sign}\,m_i)
 
-    with :math:`\|g\|_1` over the whole batch. Memories begin at :math:`\epsilon\,\mathrm{sign}\,u`, u uniform in
-    [-1, 1], and begin anew every `reset_every` epochs.
+    with :math:`\|g\|_1` over the whole batch, on all processes. Memories begin at :math:`\epsilon\,\mathrm{sign}\,u`, u
+    uniform in [-1, 1], and begin anew every `reset_every` epochs.
 
     Args:
         momentum: μ >= 0; 0.3 in the paper.
@@ -120,7 +120,8 @@ class PriorGuidedFGSM(AttackWithMemory):
         gradient, logits = input_gradient(view, start, inner_loss)
         x_adv = threat.project(x + prior + step_size * gradient.sign(), x)
         if self.training:
-            moment = value_at(self.momentum, progress) * moment + gradient / gradient.abs().sum().clamp_min(1e-12)
+            length = distributed.total(gradient.abs().sum()).clamp_min(1e-12)
+            moment = value_at(self.momentum, progress) * moment + gradient / length
             moved = threat.project(x + prior + step_size * moment.sign(), x) - x
             self.remember(batch.rows, moved, moment, progress.epoch // self.reset_every)
         return Attacked(x_adv.detach(), (logits.argmax(1) == batch.y).long(), 1, {"adv_prior": start})

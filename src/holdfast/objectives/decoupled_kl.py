@@ -74,9 +74,9 @@ class DecoupledKL(Objective):
     def prepare(self, model: nn.Module, x: Tensor, images: int = 0) -> None:
         with torch.no_grad():
             classes = View(model)(x).logits.shape[1]
-        self.class_means = torch.full((classes, classes), 1 / classes, device=x.device)
+        self.class_means = torch.full((classes, classes), 1 / classes, dtype=torch.float64, device=x.device)
         self.sums = torch.zeros_like(self.class_means)
-        self.counts = torch.zeros(classes, device=x.device)
+        self.counts = torch.zeros(classes, dtype=torch.float64, device=x.device)
 
     def sides(self, progress: Progress) -> tuple[str, ...]:
         return ("adv", "clean")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast import distributed
 from holdfast.attacks.base import require_steepest
 from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch
@@ -102,11 +103,12 @@ class FreeStep(AdversarialStep):
         return Attacked(x_adv, torch.zeros_like(batch.y))
 
     def carried(self, x: Tensor) -> Tensor:
-        """δ for the rows of this batch."""
-        if self.delta.shape[1:] != x.shape[1:] or len(self.delta) < len(x):
-            grown = torch.zeros(max(len(x), self.recipe.batch_size), *x.shape[1:], dtype=x.dtype, device=x.device)
-            self.delta = grown
-        return self.delta[: len(x)]
+        """δ for the rows of this batch: a view of the buffer. Each process has every so manieth row of a batch."""
+        world = distributed.world_size()
+        if self.delta.shape[1:] != x.shape[1:] or len(self.delta) < world * len(x):
+            rows = max(world * len(x), self.recipe.batch_size)
+            self.delta = torch.zeros(rows, *x.shape[1:], dtype=x.dtype, device=x.device)
+        return self.delta[distributed.rank() :: world][: len(x)]
 
     @torch.no_grad()
     def after_backward(self, progress: Progress) -> None:
@@ -118,7 +120,13 @@ class FreeStep(AdversarialStep):
         threat = self.recipe.threat
         step_size = threat.epsilon if self.free.step_size is None else value_at(self.free.step_size, progress)
         moved = threat.project(x_adv.detach() + step_size * threat.steepest(x_adv.grad), x)
-        self.delta[: len(x)] = moved - x
+        self.carried(x).copy_(moved - x)
+
+    def after_epoch(self, progress: Progress) -> None:
+        super().after_epoch(progress)
+        own = torch.zeros(len(self.delta), dtype=torch.bool, device=self.delta.device)
+        own[distributed.rank() :: distributed.world_size()] = True
+        distributed.merge_rows(self.delta, own)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         saved = state_dict.get(f"{prefix}delta")
