@@ -80,6 +80,9 @@ def strategy(epsilons: range, numbers: range, sizes: range, **changes: Any) -> R
 # The benchmark's average, with the warm-up of τ that ours has by default: docstring of `pgd_at_wa`.
 LIET_EMA = part("EMA", decay=0.9995, warm_up=True, buffers="average")
 
+GROWING = {0: 0.0, 50: EPSILON / 4, 100: EPSILON / 2, 200: EPSILON}  # IKL's epsilon
+PGI: Row = {"momentum": 0.3, "reset_every": 40, "step_size": EPSILON}
+
 # RST's code: half of a batch of 256 is unlabelled, half a cosine over 200 epochs of 50,000 images.
 RST: Row = {
     "objective": TRADES_6,
@@ -94,7 +97,7 @@ RST: Row = {
 DM_END = 0.2 / 25 / 10_000
 DM_CYCLE = {0: 0.008, 5: 0.104, 10: 0.2, 205: (0.2 + DM_END) / 2, 400: DM_END}
 
-# LAS-AWP's policy is updated every 20 steps: docstring. In its code, as in no other of the three, in every step.
+# LAS-AWP's policy is updated every 20 steps, LAS-AT's number: docstring. In its own code, in every step.
 LAS_AWP = {
     "learning_rate": steps((0, 1e-4), (100, 1e-5), (150, 1e-6), last=200),
     "robust_weight": 1.0,
@@ -192,7 +195,7 @@ TABLE: dict[str, dict[str, Row]] = {
         ),
         objective=part("DecoupledKL", alpha=4.0, beta=20.0, attack_beta=0.0, temperature=4.0),
         views=(worst_weights(steps((0, 0.0), (10, 0.005), last=200), sides=("clean", "adv"), ascend="objective"),),
-        train_ball={0: 0.0, 50: EPSILON / 4, 100: EPSILON / 2, 200: EPSILON},
+        train_ball=GROWING,
         learning_rate=half_cosine(0.2, 200),
     ),
     # Radii 3 ... 15, 3 ... 14 steps of 1 ... 5 (/255); only the drawn radius bounds. The policy's rate never drops.
@@ -261,7 +264,7 @@ TABLE: dict[str, dict[str, Row]] = {
     ),
     # Weight decay and batch: docstring.
     "fgsm_pgi": row(
-        attack=part("PriorGuidedFGSM", momentum=0.3, reset_every=40, step_size=EPSILON, statistics="eval"),
+        attack=part("PriorGuidedFGSM", **PGI, statistics="eval"),
         objective=part("PriorGuided", strength=10.0),
         label_smoothing=0.4,
         learning_rate=steps((0, 0.1), (100, 0.01), (105, 0.001), last=110),

@@ -282,7 +282,7 @@ def test_a_step_of_squeeze_training_moves_no_statistics_on_the_collaborative_sid
 
 # Decoupled KL
 
-UNIFORM = [torch.tensor(1 / CLASSES).item()] * CLASSES  # as float32 holds it, in which memories are made
+UNIFORM = [1 / CLASSES] * CLASSES
 
 
 def pair_distance(clean: list[float], adv: list[float], s: list[float]) -> float:

@@ -109,6 +109,8 @@ def epoch_line(line: Mapping[str, Any], epochs: int) -> str:
         parts.append(f"validation clean {validation['clean_accuracy']:.1%}")
         if "robust_accuracy" in validation:
             parts.append(f"robust {validation['robust_accuracy']:.1%} ({validation['attack']}, n={validation['n']})")
+    if line.get("overfitting", {}).get("found"):
+        parts.append("CATASTROPHIC OVERFITTING")
     parts.append(f"{line['images_per_second']:.0f} images/s")
     if line.get("seconds_left") is not None and line["epoch"] < epochs:
         parts.append(f"{duration(line['seconds_left'])} left")

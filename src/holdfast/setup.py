@@ -16,6 +16,7 @@ from holdfast.attacks.base import AttackWithMemory, require_steepest
 from holdfast.configuration import recipe_config
 from holdfast.data.augment import default_padding
 from holdfast.data.extra import Extra
+from holdfast.data.idbh import IDBH
 from holdfast.data.images import Dataset, Images
 from holdfast.data.loader import Loader, to_pixels
 from holdfast.data.sources import load
@@ -106,6 +107,8 @@ def prepare(
     if padding is None:
         padding = default_padding(*dataset.image_size) if dataset.crop else 0
     settings = replace(settings, flip=flip, padding=padding, precision=precision)  # type: ignore[arg-type]  # a resolved word
+    if isinstance(recipe.augmentation, IDBH) and recipe.augmentation.flip is None:
+        recipe = replace(recipe, augmentation=replace(recipe.augmentation, flip=flip))
     extra = extra_part(recipe, dataset, settings, device, batch_size, started=started)
     loader = make_loader(recipe, dataset, training.to(device), extra, settings, batch_size, seed, dtype)
     if batch_size < distributed.world_size():

@@ -61,8 +61,8 @@ def _column(value: Tensor) -> Tensor:
     return value[:, None]
 
 
-def flip_and_crop_shift(pixels: Tensor, *, key: Key, index: Tensor, high: int) -> Tensor:
-    r"""Mirror half of the images, then cut s rows and columns away and move the rest.
+def flip_and_crop_shift(pixels: Tensor, *, key: Key, index: Tensor, high: int, flip: bool = True) -> Tensor:
+    r"""Mirror half of the images, where `flip` says so, then cut s rows and columns away and move the rest.
 
     .. math:: s \sim \{0 \dots high - 1\}, \qquad c_x \sim \{0 \dots s\}, \qquad c_y = s - c_x
 
@@ -102,8 +102,9 @@ def flip_and_crop_shift(pixels: Tensor, *, key: Key, index: Tensor, high: int) -
 
     columns, shown_x = axis("x", cut_x, width)
     rows, shown_y = axis("y", cut_y, height)
-    mirrored = integers(key.fold("flip"), index, 2).bool()
-    columns = torch.where(_column(mirrored), width - 1 - columns, columns)
+    if flip:
+        mirrored = integers(key.fold("flip"), index, 2).bool()
+        columns = torch.where(_column(mirrored), width - 1 - columns, columns)
     shown = shown_y[:, :, None] & shown_x[:, None, :]
     return taken(pixels, rows[:, :, None], columns[:, None, :], shown)
 
@@ -256,6 +257,8 @@ class IDBH:
     Args:
         strength: ``"weak"`` erases in half of the images, ``"strong"`` in all. ``"svhn"`` erases in all, up to half of
             the area instead of a third, and shears and rotates more often and farther.
+        flip: Mirror half of the images. None lets `fit` follow its settings, by default what suits the data (a mirrored
+            digit is another sign); called by itself it mirrors.
 
     Shapes:
         pixels: (B, H, W, C) uint8, C 1 or 3; index: (B,). A call returns the shape of `pixels`.
@@ -264,8 +267,8 @@ class IDBH:
     Raises:
         HoldfastError: an unknown strength, or pixels of another type or number of channels.
     Source: Li and Spratling, "Data Augmentation Alone Can Improve Adversarial Training", ICLR 2023, arXiv:2301.09879.
-    Differs from the reference: draws are keyed by image instead of taken in sequence; the scaling to other sizes. The
-        operations are Pillow's to the byte.
+    Differs from the reference: it mirrors whatever the data; draws are keyed by image instead of taken in sequence; the
+        scaling to other sizes. The operations are Pillow's to the byte.
 
     Example:
         >>> pixels = torch.full((2, 32, 32, 3), 100, dtype=torch.uint8)
@@ -276,6 +279,7 @@ class IDBH:
     """
 
     strength: Strength = "strong"
+    flip: bool | None = None
 
     def __post_init__(self) -> None:
         allowed = ("weak", "strong", "svhn")
@@ -288,8 +292,8 @@ class IDBH:
             raise HoldfastError(f"IDBH got {pixels.dtype} {shape}: give uint8 pixels (B, H, W, C) with C 1 or 3")
         svhn = self.strength == "svhn"
         high = max(2, round((9 if svhn else 11) * min(pixels.shape[1:3]) / 32))
-        pixels = flip_and_crop_shift(pixels, key=key.fold("crop shift"), index=index, high=high)
-        drawn = draw_colour_shape(key=key.fold("colour shape"), index=index, policy=SHAPE if svhn else COLOUR)
+        pixels = flip_and_crop_shift(pixels, key=key.fold("crop shift"), index=index, high=high, flip=self.flip is not
+        False) drawn = draw_colour_shape(key=key.fold("colour shape"), index=index, policy=SHAPE if svhn else COLOUR)
         pixels = apply_colour_shape(pixels, drawn)
         return random_erasing(
             pixels,
