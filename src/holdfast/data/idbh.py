@@ -292,8 +292,10 @@ class IDBH:
             raise HoldfastError(f"IDBH got {pixels.dtype} {shape}: give uint8 pixels (B, H, W, C) with C 1 or 3")
         svhn = self.strength == "svhn"
         high = max(2, round((9 if svhn else 11) * min(pixels.shape[1:3]) / 32))
-        pixels = flip_and_crop_shift(pixels, key=key.fold("crop shift"), index=index, high=high, flip=self.flip is not
-        False) drawn = draw_colour_shape(key=key.fold("colour shape"), index=index, policy=SHAPE if svhn else COLOUR)
+        pixels = flip_and_crop_shift(
+            pixels, key=key.fold("crop shift"), index=index, high=high, flip=self.flip is not False
+        )
+        drawn = draw_colour_shape(key=key.fold("colour shape"), index=index, policy=SHAPE if svhn else COLOUR)
         pixels = apply_colour_shape(pixels, drawn)
         return random_erasing(
             pixels,
