@@ -212,11 +212,20 @@ def flat(settings: Any, name: str = "") -> dict[str, Any]:
     return {key: value for part_, rest in settings.items() for key, value in flat(rest, f"{name}.{part_}").items()}
 
 
-def compared(name: str, row: Mapping[str, Row], model: str, paper_settings: bool) -> tuple[Row, Row]:
-    """A recipe's settings as found and as its row has them, on one level each."""
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are the same, numbers up to rounding."""
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12)
+    return bool(one == other)
+
+
+def differences(name: str, row: Mapping[str, Row], model: str, paper_settings: bool) -> dict[str, str]:
+    """Where a recipe is not as its row has it."""
     recipe = RECIPES[name](epsilon="8/255", model=model, paper_settings=paper_settings)
     expected = {"name": name, **row["settings"]}
     expected |= row["wide"] if model.startswith("wrn") else {}
     expected |= row["paper"] if paper_settings else {}
     everything = {"name": recipe.name, **as_set(recipe)}
-    return flat({key: read(recipe, everything[key], value) for key, value in expected.items()}), flat(expected)
+    found, expected = flat({key: read(recipe, everything[key], expected[key]) for key in expected}), flat(expected)
+    pairs = {key: (found.get(key, "nothing"), expected.get(key, "nothing")) for key in {**expected, **found}}
+    return {key: f"{one!r} is not {other!r}" for key, (one, other) in pairs.items() if not same(one, other)}

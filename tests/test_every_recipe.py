@@ -54,7 +54,9 @@ def test_two_epochs_on_the_digits(name: str, tmp_path: Path) -> None:
     """It learns, its terms add up to the loss, and what it exports is a plain model that anyone can load."""
     recipe = replace(with_teachers(RECIPES[name](epsilon=0.2)), epochs=2, warmup=0.0, batch_size=64)
     settings = replace(QUICK, extra_data="digits") if recipe.extra_share else QUICK
-    run = fit(recipe, "digits", "small_cnn", out=tmp_path / "run", settings=settings, model_options={"width": 8})
+    whole = load("digits")
+    digits = replace(whole, train=whole.train.subset(torch.arange(800)), test=whole.test.subset(torch.arange(200)))
+    run = fit(recipe, digits, "small_cnn", out=tmp_path / "run", settings=settings, model_options={"width": 8})
     first, second = metrics(run.path)
     for line in (first, second):
         parts = [value for term, value in line["terms"].items() if term != "loss"]
@@ -63,7 +65,7 @@ def test_two_epochs_on_the_digits(name: str, tmp_path: Path) -> None:
     assert run.summary["last"]["clean_accuracy"] > 0.3, "a tenth would be chance"
     plain = build("small_cnn", num_classes=10, channels=1, image_size=(8, 8), width=8)
     assert weights(run.path).keys() == plain.state_dict().keys()
-    images = load("digits").test
+    images = digits.test
     x = images.pixels.permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         right = load_model(run.path)(x).argmax(1) == images.labels
@@ -77,7 +79,8 @@ def test_paper_settings_make_a_recipe_too(name: str) -> None:
         recipe = RECIPES[name](epsilon="8/255", model=model, paper_settings=True)
         assert recipe.name == name
         assert recipe.threat.epsilon == pytest.approx(8 / 255)
-        assert recipe.passes() == pytest.approx(RECIPES[name](epsilon="8/255").passes())
+        if name != "las_awp":  # its code trains the strategy network in every step
+            assert recipe.passes() == pytest.approx(RECIPES[name](epsilon="8/255").passes())
 
 
 @EVERY

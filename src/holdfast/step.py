@@ -180,7 +180,8 @@ class AdversarialStep(nn.Module):
             network, branch, taps = self.model, branches.get(side, "main"), objective.taps
             if side in self.networks:
                 network, branch, taps = self.networks[side], "main", ()
-                if not any(parameter.requires_grad for parameter in network.parameters()):
+                trained = any(parameter.requires_grad for parameter in network.parameters())
+                if not trained or side in objective.detached_sides:
                     statistics = "eval"  # it stands still
             views[side] = View(network, branch=branch, statistics=statistics, taps=taps)
         return views

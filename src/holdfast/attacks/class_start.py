@@ -25,7 +25,8 @@ class ClassStartFGSM(AttackWithMemory):
     pixel by pixel, with u uniform in [0, 1], and ρ uniform in `noise_share` and the sign ± drawn once a step.
 
     Args:
-        period: Steps after which the patterns of the classes are computed anew; 20 in the paper's code.
+        period: Steps after which the patterns of the classes are computed anew; 20 in the paper's code, 10 in its
+            configuration for CIFAR-10.
         noise_share: Least and largest ρ; 0.1 and 0.5 in the paper's code.
         wide: Draw the noise from twice the radius and leave x' unprojected, as the paper's code does above 8/255; the
             recipe's `train_ball` must then be ``"unbounded"``.

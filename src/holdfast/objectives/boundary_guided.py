@@ -30,7 +30,8 @@ class BoundaryGuided(Objective):
         HoldfastError: beta is negative. Recipes without a network "guide", and with MixUp or CutMix, are refused.
     Source: Cui et al., ICCV 2021, arXiv:2011.11164. Reference code: dvlab-research/LBGAT.
     Differs from the reference: the attack's clean prediction is computed once; the guide stands in no attack, so that
-        its BatchNorm statistics move once a step, as there.
+        its BatchNorm statistics move once a step, as there; without β the classifier does not run on clean images,
+        there it does, which moves its statistics.
 
     Example:
         >>> BoundaryGuided(beta=0.0).sides(Progress())

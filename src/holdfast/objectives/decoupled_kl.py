@@ -41,7 +41,8 @@ class DecoupledKL(Objective):
         HoldfastError: a number is negative, temperature is not positive, or the objective is not prepared.
     Source: Cui et al., NeurIPS 2024, arXiv:2305.13948. Reference code: jiequancui/DKL.
     Differs from the reference: the sum over pairs is computed in O(K) for an image, not O(K²); a class that an epoch
-        did not hold keeps its means; the attack's clean logits are computed once.
+        did not hold keeps its means; mixed images count for the class of the larger share; the attack's clean logits
+        are computed once.
 
     Example:
         >>> DecoupledKL().sides(Progress())

@@ -33,7 +33,7 @@ class Distillation(Objective):
         HoldfastError: a λ is negative, or temperature is not positive. Recipes without the teachers are refused.
     Source: Chen et al., ICLR 2021 (Robust Overfitting may be mitigated by properly learned smoothening).
         Reference code: VITA-Group/Alleviate-Robust-Overfitting.
-    Differs from the reference: nothing known.
+    Differs from the reference: KL in place of soft cross-entropy: the same gradient, another value.
 
     Example:
         >>> Distillation().sides(Progress())

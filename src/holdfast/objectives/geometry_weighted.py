@@ -52,7 +52,7 @@ class GeometryWeighted(Objective):
     def weights(self, survived: Tensor, steps: int, shift: float = -1.0) -> Tensor:
         """ω over its mean, (B,), for the numbers of survived steps."""
         share = survived.double() / max(1, steps)
-        weight = (1 + torch.tanh(shift + 5 * (1 - 2 * share))) / 2
+        weight = torch.sigmoid(2 * (shift + 5 * (1 - 2 * share)))  # (1 + tanh) / 2 without its cancellation
         return weight / weight.mean()
 
     def forward(self, f: Forward) -> dict[str, Tensor]:

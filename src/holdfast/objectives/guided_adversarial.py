@@ -31,7 +31,8 @@ class GuidedAdversarial(Objective):
         HoldfastError: strength is negative.
     Source: Sriramanan et al., NeurIPS 2020, arXiv:2011.14969. Reference code: val-iisc/GAT.
     Differs from the reference: the attack's clean probabilities are those of the attack's own view (evaluation
-        statistics), a forward of their own in every second step; there they are those of the training forward.
+        statistics), a forward of their own in every second step; there they are those of the training forward. Every
+        second step is counted over the run, there anew in every epoch.
 
     Example:
         >>> GuidedAdversarial().sides(Progress())

@@ -33,7 +33,8 @@ class NuclearNorm(Objective):
     Source: Sriramanan et al., NeurIPS 2021 (Towards Efficient and Effective Adversarial Training). Reference code:
         val-iisc/NuAT.
     Differs from the reference: divided by the rows there are, not by the batch size that was asked for; the attack's
-        clean logits are those of the attack's own view. Under several processes the norm is each process's own.
+        clean logits are those of the attack's own view; every second step is counted over the run, there anew in
+        every epoch; where λ is 0 nothing is attacked. Under several processes the norm is each process's own.
 
     Example:
         >>> NuclearNorm().couples_batch

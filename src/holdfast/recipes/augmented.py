@@ -23,20 +23,20 @@ def idbh(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> R
     Args:
         epsilon: The threat model, or its Linf radius; 8/255 in the paper.
         model: The network's name: wide networks get the weak version and the average.
-        paper_settings: The attack starts at x, as the paper's code does.
+        paper_settings: The attack starts at x and runs under batch statistics that are tracked, as in the paper's code.
 
     Source: Li and Spratling, ICLR 2023 (Data Augmentation Alone Can Improve Adversarial Training), arXiv:2301.09879.
         Reference code: TreeLLi/DA-Alone-Improves-AT.
-    Differs from the reference: as `IDBH`; the attack starts at a random point unless `paper_settings`.
+    Differs from the reference: as `IDBH`; the attack's start and statistics unless `paper_settings`.
     """
-    recipe = pgd_at(epsilon=epsilon, model=model)
+    recipe = pgd_at(epsilon=epsilon, model=model, paper_settings=paper_settings)
     wide = is_wide(model)
     return replace(
         recipe,
         name="idbh",
         attack=replace(recipe.attack, random_start=not paper_settings),  # type: ignore[type-var]  # PGD, a dataclass
         augmentation=IDBH(strength="weak" if wide else "strong"),
-        averages=(EMA(decay=0.999, buffers="clean"),) if wide else (),
+        averages=(EMA(decay=0.999, warm_up=False, buffers="clean"),) if wide else (),
     )
 
 

@@ -9,8 +9,8 @@ from holdfast.averages.swa import SWA
 from holdfast.objectives.adversarial_training import AdversarialTraining
 from holdfast.objectives.standard import StandardTraining
 from holdfast.recipe import SGD, Recipe
-from holdfast.recipes.settings import Threat, is_wide, pgd10, steps_down, threat_of
-from holdfast.schedule import Schedule, one_cycle, piecewise, piecewise_linear
+from holdfast.recipes.settings import Threat, cycled_momentum, is_wide, pgd10, steps_down, threat_of
+from holdfast.schedule import one_cycle, piecewise, piecewise_linear
 
 
 def standard(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> Recipe:
@@ -76,14 +76,13 @@ def pgd_at_wa(*, epsilon: Threat, model: str = "", paper_settings: bool = False)
     Differs from the reference: the learning rate follows the cycle at every step, not once an epoch.
     """
     threat = threat_of(epsilon)
-    cycled = Schedule(((0.0, 0.95), (0.3, 0.85), (1.0, 0.95)), "cosine")
     return Recipe(
         name="pgd_at_wa",
         threat=threat,
         attack=pgd10(threat),
         objective=AdversarialTraining(),
         averages=(EMA(decay=0.9995, warm_up=not paper_settings),),
-        optimizer=SGD(momentum=cycled if paper_settings else 0.9),
+        optimizer=SGD(momentum=cycled_momentum(0.3) if paper_settings else 0.9),
         schedule=one_cycle(),
         epochs=100,
         label_smoothing=0.4,

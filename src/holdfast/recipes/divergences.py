@@ -71,7 +71,8 @@ def ikl(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> Re
         paper_settings: Without effect here: these are the paper's.
 
     Source: Cui et al., NeurIPS 2024, arXiv:2305.13948. Reference code: jiequancui/DKL, DKLv1.
-    Differs from the reference: as `DecoupledKL`; epsilon grows with every step, there once an epoch.
+    Differs from the reference: as `DecoupledKL`; epsilon grows with every step, there once an epoch; its released
+        networks are averages of the checkpoints (--averages.ema.decay adds one).
     """
     threat = threat_of(epsilon)
     return Recipe(

@@ -11,7 +11,7 @@ from holdfast.objectives.mart import MART
 from holdfast.objectives.trades import TRADES
 from holdfast.recipe import SGD, Recipe
 from holdfast.recipes.iseat import iseat
-from holdfast.recipes.settings import Threat, is_wide, pgd10, threat_of, trades_pgd10
+from holdfast.recipes.settings import Threat, cycled_momentum, is_wide, pgd10, threat_of, trades_pgd10
 from holdfast.schedule import Schedule, after_first_decay, one_cycle
 from holdfast.views.worst_weights import WorstWeights
 
@@ -73,7 +73,8 @@ def rst_gairat(*, epsilon: Threat, model: str = "", paper_settings: bool = False
         paper_settings: As in `rst`.
 
     Source: Zhang et al., ICLR 2021, arXiv:2010.01736; named in ISEAT.
-    Differs from the reference: GAIRAT's own settings with extra images are not known to us.
+    Differs from the reference: with extra images GAIRAT's code weighs TRADES' KL term; here, as without them, the
+        adversarial cross-entropy.
     """
     recipe = rst(epsilon=epsilon, model=model, paper_settings=paper_settings)
     return replace(recipe, name="rst_gairat", objective=GeometryWeighted())
@@ -108,7 +109,7 @@ def rst_rwp(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -
         paper_settings: As in `rst`.
 
     Source: Yu et al., IJCAI 2022, arXiv:2205.14826; named in ISEAT.
-    Differs from the reference: as `rst` and `rwp`; its code for TRADES does not run.
+    Differs from the reference: as `rst` and `rwp`, without a warm-up of γ; its code for TRADES does not run.
     """
     recipe = rst(epsilon=epsilon, model=model, paper_settings=paper_settings)
     views = (
@@ -149,7 +150,8 @@ def dm_at(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> 
     Args:
         epsilon: The threat model, or its Linf radius; 8/255 in the paper.
         model: The network's name; without effect here.
-        paper_settings: Attack under batch statistics that are not tracked, as the paper's code does.
+        paper_settings: Attack under batch statistics that are not tracked, as the paper's code does, and momentum
+            cycled 0.95 - 0.85 - 0.95, as its scheduler does.
 
     Source: Wang et al., ICML 2023, arXiv:2302.04638. Reference code: wzekai99/DM-Improves-AT.
     Differs from the reference: BatchNorm's momentum and the weight decay of its parameters are the usual ones; the
@@ -163,7 +165,7 @@ def dm_at(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> 
         attack=replace(attack, statistics="batch") if paper_settings else attack,
         objective=TRADES(beta=5.0),
         averages=(EMA(decay=0.995),),
-        optimizer=SGD(learning_rate=0.2, nesterov=True),
+        optimizer=SGD(learning_rate=0.2, momentum=cycled_momentum(0.025) if paper_settings else 0.9, nesterov=True),
         schedule=one_cycle(rise=0.025),
         epochs=400,
         batch_size=512,

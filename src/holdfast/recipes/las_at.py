@@ -53,8 +53,8 @@ def las_awp(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -
     Args:
         epsilon: The threat model, or its Linf radius; 8/255 in the paper.
         model: The network's name; without effect here.
-        paper_settings: Without effect here. The paper's code also updates the strategy network in every step, which
-            costs two and a half times as much: ``--step.period 1``.
+        paper_settings: The strategy network is updated in every step, as the paper's code does, which costs two and a
+            half times as much.
 
     Source: Jia et al., CVPR 2022, arXiv:2203.06616; Wu et al., arXiv:2004.05884. Reference code: jiaxiaojunQAQ/LAS-AT,
         LAS_AWP.
@@ -64,6 +64,7 @@ def las_awp(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -
     step = LearnableStrategy(
         epsilons=[n / 8 for n in range(7, 16)],
         steps=range(8, 17),
+        period=1 if paper_settings else 20,
         step_sizes=[n / 8 for n in range(2, 6)],
         learning_rate=piecewise((0, 1e-4), (0.5, 1e-5), (0.75, 1e-6)),
         robust_weight=1.0,

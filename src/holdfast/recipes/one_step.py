@@ -14,7 +14,7 @@ from holdfast.objectives.nuclear_norm import NuclearNorm
 from holdfast.objectives.prior_guided import PriorGuided
 from holdfast.objectives.start_consistency import StartConsistency
 from holdfast.recipe import SGD, Recipe
-from holdfast.recipes.settings import Threat, threat_of
+from holdfast.recipes.settings import Threat, cycled_momentum, threat_of
 from holdfast.schedule import linear, one_cycle, piecewise, piecewise_linear
 from holdfast.steps.free import Free
 
@@ -76,7 +76,7 @@ def n_fgsm(*, epsilon: Threat, model: str = "", paper_settings: bool = False) ->
 def gat(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> Recipe:
     """GAT: one-step training guided by the distance of probabilities.
 
-    λ = 10, for the last 15 % of the run 40; SGD 0.1, weight decay 5e-4, batch 64, 100 epochs, learning rate divided by
+    λ = 10, from epoch 86 on 40; SGD 0.1, weight decay 5e-4, batch 64, 100 epochs, learning rate divided by
     10 at epochs 70 and 85; one step of ε from a Bernoulli start.
 
     Args:
@@ -92,7 +92,7 @@ def gat(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> Re
         threat=threat_of(epsilon),
         attack=FGSM(random_start="bernoulli"),
         objective=GuidedAdversarial(strength=piecewise((0, 10.0), (0.86, 40.0))),
-        schedule=piecewise((0, 1), (0.7, 0.1), (0.86, 0.01)),
+        schedule=piecewise((0, 1), (0.71, 0.1), (0.86, 0.01)),
         epochs=100,
         batch_size=64,
     )
@@ -161,8 +161,8 @@ def liet(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> R
     Args:
         epsilon: The threat model, or its Linf radius; 8/255 in the paper.
         model: The network's name; without effect here.
-        paper_settings: Attack under batch statistics that are tracked, as the paper's code does, and no warm-up of the
-            average's decay.
+        paper_settings: Attack under batch statistics that are tracked, as the paper's code does, no warm-up of the
+            average's decay, and momentum cycled 0.95 - 0.85 - 0.95, as its scheduler does.
 
     Source: LIET, ICCV 2025. Reference code: fzjcdt/LIET.
     Differs from the reference: as `ClassStartFGSM` and `StartConsistency`; above 8/255 its code draws wider noise and
@@ -174,6 +174,7 @@ def liet(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> R
         attack=ClassStartFGSM(statistics="batch_tracked" if paper_settings else "eval"),
         objective=StartConsistency(strength=linear(0.0, 100.0)),
         averages=(EMA(decay=0.9995, warm_up=not paper_settings),),
+        optimizer=SGD(momentum=cycled_momentum(0.3) if paper_settings else 0.9),
         schedule=one_cycle(),
         epochs=100,
     )
@@ -191,7 +192,7 @@ def free_at(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -
         paper_settings: Without effect here: these are the paper's.
 
     Source: Shafahi et al., NeurIPS 2019, arXiv:1904.12843; settings of `train_free.py` in locuslab/fast_adversarial.
-    Differs from the reference: as `Free`.
+    Differs from the reference: as `Free`; its code's default is 11 epochs.
     """
     return Recipe(
         name="free_at",

@@ -30,6 +30,11 @@ def steps_down() -> Schedule:
     return piecewise((0, 1), (0.5, 0.1), (0.75, 0.01))
 
 
+def cycled_momentum(rise: float) -> Schedule:
+    """0.95 down to 0.85 at this share of the run and back, as PyTorch's `OneCycleLR` does unless told otherwise."""
+    return Schedule(((0.0, 0.95), (rise, 0.85), (1.0, 0.95)), "cosine")
+
+
 def is_wide(model: str) -> bool:
     """Whether the network of this name is a wide ResNet, which some papers train differently."""
     return model.lower().startswith("wrn")

@@ -1,0 +1,525 @@
+"""Catastrophic overfitting: how it is found, and what a run does about it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from conftest import small_batch, small_network
+from holdfast import EMA, FGSM, PGD, SWA, HoldfastError, Interpolation, NormalizedMSE, Settings, SplitBatchNorm, View
+
+from holdfast import StandardTraining, catastrophic_overfitting, distributed, fit  # isort: skip
+from holdfast.attacks.class_start import ClassStartFGSM
+from holdfast.attacks.prior_guided import PriorGuidedFGSM
+from holdfast.catastrophic_overfitting import OvertakenAttack, response
+from holdfast.cli.overrides import override
+from holdfast.forward import Batch
+from holdfast.functional import cross_entropy
+from holdfast.interruption import Interrupted
+from holdfast.loop import Loop
+from holdfast.objectives.prior_guided import PriorGuided
+from holdfast.progress_display import Display
+from holdfast.recipe import SGD, Recipe
+from holdfast.recipes import RECIPES
+from holdfast.runs.state import training_state
+from holdfast.schedule import Progress
+from holdfast.steps.free import Free
+from holdfast.threat import Linf
+from tiny_runs import FP32, assert_same, assert_same_run, command, metrics, newest_checkpoint, refused, summary
+
+from tiny_runs import tiny_net, tiny_recipe, toy, weights, write_toy  # isort: skip
+
+STEPS, WORLD = 4, 2  # of an epoch: 65 images in batches of 16
+WELL, OVERFITTED = (0.5, 0.4), (0.9, 0.1)
+
+
+class Heard(Display):
+    """What was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    @property
+    def warnings(self) -> list[str]:
+        return [text for text in self.said if "catastrophic" in text]
+
+
+def one_step(**changes: Any) -> Recipe:
+    """Adversarial training with one step, and an average."""
+    settings: dict[str, Any] = {"attack": FGSM(), "averages": (EMA(decay=0.9),), "epochs": 3}
+    return tiny_recipe(**{**settings, **changes})
+
+
+def watched(word: str, every: int = 1, **changes: Any) -> Settings:
+    return replace(FP32, catastrophic_overfitting=word, overfitting_check=every, **changes)  # type: ignore[arg-type]  # a word
+
+
+def go(out: Path, word: str, *, every: int = 1, display: Display | None = None, resume: bool = False, **changes: Any):
+    """A run with the guard's response."""
+    settings, model = watched(word, every), tiny_net(dropout=0.2)
+    return fit(one_step(**changes), toy(), model, out=out, settings=settings, display=display, resume=resume)
+
+
+def rig(monkeypatch: pytest.MonkeyPatch, found: Mapping[int, tuple[float, float]]) -> list[int]:
+    """Let the looks after these steps find such accuracies, and all others `WELL`; returns the steps looked at."""
+    now = {"step": 0}
+    looked: list[int] = []
+    before = Loop.one_step
+
+    def noted(self: Loop, batch: Batch, progress: Progress) -> None:
+        before(self, batch, progress)
+        now["step"] = progress.step + 1
+
+    def look(self: OvertakenAttack, *rest: Any) -> bool:
+        looked.append(now["step"])
+        return self.judge(*found.get(now["step"], WELL))
+
+    monkeypatch.setattr(Loop, "one_step", noted)
+    monkeypatch.setattr(OvertakenAttack, "look", look)
+    return looked
+
+
+# ------------------------------------------------------------------------------------------------ the judgement
+
+
+@pytest.mark.parametrize(
+    ("looks", "wanted"),
+    [
+        ([(0.5, 0.45), (0.9, 0.02), (0.3, 0.2)], [False, True, False]),
+        ([(0.9, 0.02), (0.9, 0.02)], [False, False]),  # it never held
+        ([(0.5, 0.5), (0.5, 0.3)], [False, False]),  # a drop of just 0.2, and a gap of just that
+        ([(0.5, 0.5), (0.51, 0.29)], [False, True]),
+        ([(0.5, 0.5), (0.45, 0.28)], [False, False]),  # dropped, but both together
+        ([(0.5, 0.5), (0.9, 0.35)], [False, False]),  # a gap without a drop
+        ([(0.9, 0.7), (0.9, 0.55), (0.9, 0.45)], [False, False, True]),  # from the best, not from the look before
+        ([(0.5, 0.4), (0.9, 0.0), (0.9, 0.0), (0.5, 0.4), (0.9, 0.0)], [False, True, True, False, True]),
+    ],
+)
+def test_the_rule(looks: list[tuple[float, float]], wanted: list[bool]) -> None:
+    """More than 0.2 below the best PGD-5 so far, and FGSM more than 0.2 above PGD-5."""
+    guard = OvertakenAttack()
+    for (fgsm, pgd), found in zip(looks, wanted, strict=True):
+        assert guard.judge(fgsm, pgd) is found
+        assert guard.found is found
+        assert guard.last == {"fgsm_accuracy": fgsm, "pgd5_accuracy": pgd}
+    assert guard.best == max(pgd for _, pgd in looks)
+
+
+def test_the_message_says_what_was_seen() -> None:
+    """Both accuracies, and the best before."""
+    guard = OvertakenAttack()
+    guard.judge(0.5, 0.45)
+    guard.judge(0.9, 0.02)
+    said = (
+        "catastrophic overfitting in epoch 7: 2% of held-out images hold against PGD-5 (45% before), 90% against FGSM"
+    )
+    assert guard.message(7) == said
+
+
+def test_both_accuracies_are_measured() -> None:
+    """FGSM of epsilon without a start, PGD-5 with steps of half of it, under the view that is given; no state moves."""
+    network, batch, threat = small_network(), small_batch(rows=40), Linf(0.1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(30):
+        cross_entropy(network(batch.x), batch.y).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    guard = OvertakenAttack()
+    guard.look(View(network), batch.x, batch.y, threat)
+    assert_same({name: tensor.clone() for name, tensor in network.state_dict().items()}, before)
+    assert all(weight.grad is None for weight in network.parameters())
+    network.eval()
+
+    def climbed(x: Tensor, step: float) -> Tensor:
+        x = x.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(cross_entropy(network(x), batch.y).sum(), x)
+        return (x.detach() + step * gradient.sign()).clamp(batch.x - 0.1, batch.x + 0.1).clamp(0, 1)
+
+    def accuracy(x: Tensor) -> float:
+        return float((network(x).argmax(1) == batch.y).double().mean())
+
+    assert guard.last["fgsm_accuracy"] == accuracy(climbed(batch.x, 0.1))
+    attack = PGD(steps=5, step_size=0.05, early_stop=0)
+    found = attack(View(network), batch, lambda f: cross_entropy(f, batch.y), threat=threat, progress=Progress())
+    assert guard.last["pgd5_accuracy"] == accuracy(found.x_adv)
+    assert guard.last["pgd5_accuracy"] <= guard.last["fgsm_accuracy"] < accuracy(batch.x)
+
+
+# ------------------------------------------------------------------------------------------------ the response
+
+ONE_STEP = [FGSM(), FGSM(random_start=True), PGD(steps=1), ClassStartFGSM(), PriorGuidedFGSM()]
+
+
+def test_auto_warns_for_one_step_attacks_alone() -> None:
+    """Every other word is taken as it is; an unknown one is refused."""
+    assert [response("auto", attack) for attack in ONE_STEP] == ["warn"] * len(ONE_STEP)
+    assert [response("auto", attack) for attack in (PGD(steps=2), PGD(), None)] == ["off"] * 3
+    for word in ("off", "warn", "stop", "rollback"):
+        assert {response(word, attack) for attack in (FGSM(), PGD(), None)} == {word}
+    with pytest.raises(HoldfastError, match="'halt' is unknown: use auto, off, warn, stop or rollback"):
+        response("halt", FGSM())
+    one = {name for name, make in RECIPES.items() if response("auto", make(epsilon=0.1).attack) == "warn"}
+    assert {"fast_at", "n_fgsm", "gat", "nuat", "fgsm_pgi", "liet"} <= one
+    assert not {"pgd_at", "trades", "piat", "standard", "free_at"} & one
+
+
+@pytest.mark.parametrize(
+    ("word", "changes"),
+    [
+        ("off", {}),
+        ("auto", {"attack": PGD(steps=2)}),
+        ("auto", {"attack": None, "objective": StandardTraining()}),
+        ("auto", {"attack": None, "step": Free(replays=2)}),
+    ],
+)
+def test_off_costs_nothing(word: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No look, and nothing in the metrics."""
+    looked = rig(monkeypatch, {})
+    run = go(tmp_path / "run", word, **changes)
+    assert looked == []
+    assert not any("overfitting" in line for line in metrics(run.path))
+    assert newest_checkpoint(run.path)["ranks"][0]["guard"]["good"] is None
+
+
+def test_looks_come_every_so_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted over the whole run, in batches where they are replayed, and not in a clean warm-up."""
+    looked = rig(monkeypatch, {})
+    go(tmp_path / "a", "warn", every=3)
+    assert looked == [3, 6, 9, 12]
+    looked.clear()
+    go(tmp_path / "b", "warn", every=3, warmup=6 / 12)
+    assert looked == [6, 9, 12]
+    looked.clear()
+    go(tmp_path / "c", "warn", every=3, attack=None, step=Free(replays=2))
+    assert looked == [6, 12, 18, 24]
+
+
+def test_warn_tells_once_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again only after it was gone; the weights are those of a run that never looked."""
+    with monkeypatch.context() as patch:
+        rig(patch, {3: OVERFITTED, 4: OVERFITTED, 5: OVERFITTED, 7: OVERFITTED, 8: OVERFITTED})
+        heard = Heard()
+        run = go(tmp_path / "run", "warn", display=heard)
+    assert [text.partition(":")[0] for text in heard.warnings] == [
+        "catastrophic overfitting in epoch 1",
+        "catastrophic overfitting in epoch 2",
+    ]
+    assert "10% of held-out images hold against PGD-5 (40% before), 90% against FGSM" in heard.warnings[0]
+    lines = metrics(run.path)
+    assert [line["overfitting"]["found"] for line in lines] == [True, True, False]
+    assert lines[0]["overfitting"] == {"fgsm_accuracy": 0.9, "pgd5_accuracy": 0.1, "found": True, "rollbacks": 0}
+    assert lines[2]["overfitting"] == {"fgsm_accuracy": 0.5, "pgd5_accuracy": 0.4, "found": False, "rollbacks": 0}
+    assert run.summary["last"]["epoch"] == 3
+    plain = go(tmp_path / "plain", "off")
+    looked = go(tmp_path / "looked", "warn")  # with its real measurements
+    for name in ("model", "last"):
+        assert_same(weights(run.path, name), weights(plain.path, name))
+        assert_same(weights(looked.path, name), weights(plain.path, name))
+
+
+@pytest.mark.parametrize("word", ["warn", "stop", "rollback"])
+def test_the_advice_can_be_typed(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that the message names is one that the command takes."""
+    rig(monkeypatch, {3: OVERFITTED})
+    heard = Heard()
+    run = go(tmp_path / "run", word, display=heard)
+    (said,) = heard.warnings
+    options = [piece.strip(",.;") for piece in said.split() if piece.startswith("--")]
+    assert bool(options) is (word == "warn")
+    import yaml
+
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    for option in options:
+        assert override(config, [f"{option}=stop"])["training"]["catastrophic_overfitting"] == "stop"
+
+
+# ------------------------------------------------------------------------------------------------ stop
+
+
+def test_stop_ends_the_run_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside the epoch, with a summary, the best weights of before and the last of now; resuming does nothing."""
+    states: dict[int, dict[str, Tensor]] = {}
+    steps: list[int] = []
+    rig(monkeypatch, {6: OVERFITTED})
+    before = Loop.one_step
+
+    def noted(self: Loop, batch: Batch, progress: Progress) -> None:
+        before(self, batch, progress)
+        steps.append(progress.step)
+        states[progress.step + 1] = {name: tensor.clone() for name, tensor in self.exported().items()}
+
+    monkeypatch.setattr(Loop, "one_step", noted)
+    heard = Heard()
+    run = go(tmp_path / "run", "stop", display=heard, epochs=5)
+    assert steps == list(range(6))
+    assert len(heard.warnings) == 1
+    assert heard.warnings[0].endswith("the run stops here, the best weights so far are kept")
+    lines = metrics(run.path)
+    assert [line["step"] for line in lines] == [4, 6]
+    assert lines[1]["overfitting"]["found"] is True
+    assert "validation" in lines[1]
+    assert run.summary["last"]["epoch"] == 2
+    best = run.summary["best"]["epoch"]
+    assert_same(weights(run.path), states[4 if best == 1 else 6])
+    assert_same(weights(run.path, "last"), states[6])
+    assert newest_checkpoint(run.path)["stopped"] is True
+
+    files = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    again = go(tmp_path / "run", "stop", resume=True, epochs=5)
+    assert again.summary == json.loads((run.path / "summary.json").read_text())
+    (run.path / "summary.json").unlink()  # killed before the closing evaluation was done
+    go(tmp_path / "run", "stop", resume=True, epochs=5)
+    assert steps == list(range(6))
+    assert_same(summary(run.path), {key: value for key, value in run.summary.items() if key != "seconds"})
+    kept = [path for path in files if path.suffix in (".pt", ".jsonl", ".safetensors")]
+    assert {path: path.read_bytes() for path in kept if path.suffix == ".jsonl"}
+    assert [line["step"] for line in metrics(run.path)] == [4, 6]
+
+
+def test_stop_in_an_epochs_last_batch_and_in_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epoch is whole then; or it is the only one, and is validated though others would not be."""
+    with monkeypatch.context() as patch:
+        rig(patch, {8: OVERFITTED})
+        run = go(tmp_path / "last", "stop")
+        assert [line["step"] for line in metrics(run.path)] == [4, 8]
+    rig(monkeypatch, {2: OVERFITTED})
+    settings = watched("stop", validate_every=2)
+    run = fit(one_step(), toy(), tiny_net(), out=tmp_path / "first", settings=settings)
+    (line,) = metrics(run.path)
+    assert line["step"] == 2
+    assert run.summary["best"]["epoch"] == run.summary["last"]["epoch"] == 1
+
+
+def test_a_stopped_epochs_speed_counts_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the batches that the stop has left out."""
+    rig(monkeypatch, {2: OVERFITTED})
+    run = go(tmp_path / "run", "stop")
+    line = json.loads((run.path / "metrics.jsonl").read_text())
+    assert line["images_per_second"] == pytest.approx(2 * 16 / line["seconds"], rel=1e-6)
+    assert line["seconds_left"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ rollback
+
+
+def copied(state: Any) -> Any:
+    """Nested state with tensors of its own."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, Mapping):
+        return {key: copied(value) for key, value in state.items()}
+    return [copied(value) for value in state] if isinstance(state, list | tuple) else state
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The training state by batches done: right before the look, and where the run goes on after it."""
+    before: dict[int, Any] = {}
+    after: dict[int, Any] = {}
+    one, pause = Loop.one_step, Loop.pause
+
+    def noted(self: Loop, batch: Batch, progress: Progress) -> None:
+        one(self, batch, progress)
+        before[progress.step + 1] = copied(training_state(self))
+
+    def paused(self: Loop) -> None:
+        after[self.epoch * len(self.loader) + self.position] = copied(training_state(self))
+        pause(self)
+
+    monkeypatch.setattr(Loop, "one_step", noted)
+    monkeypatch.setattr(Loop, "pause", paused)
+    return before, after
+
+
+ROLLBACKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "averages": lambda: {"averages": (Interpolation(), SWA(begin=0.0, period=1), EMA(decay=0.9))},
+    "memory": lambda: {"attack": PriorGuidedFGSM(), "objective": PriorGuided()},
+    "split": lambda: {"views": (SplitBatchNorm(),), "objective": NormalizedMSE()},
+}
+
+
+@pytest.mark.parametrize("case", ROLLBACKS)
+def test_rollback_restores_everything(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, both branches, momentum, memories and averages, bit for bit the last ones that held; then it goes on."""
+    heard = Heard()
+    rig(monkeypatch, {7: OVERFITTED, 9: OVERFITTED})
+    before, after = recorded(monkeypatch)
+    recipe = {**ROLLBACKS[case](), "optimizer": SGD(learning_rate=0.05, momentum=0.9)}
+    run = go(tmp_path / "run", "rollback", display=heard, **recipe)
+    assert_same(after[7], before[6])
+    assert_same(after[9], before[8])
+    assert_same(after[8], before[8])
+    for state in (before[7]["step"], before[8]["step"]):  # what was undone was something; and the run went on
+        assert not torch.equal(state["model.0.weight"], before[6]["step"]["model.0.weight"])
+    momentum = before[6]["optimizers"][0]["state"][0]["momentum_buffer"]
+    assert not torch.equal(momentum, before[7]["optimizers"][0]["state"][0]["momentum_buffer"])
+    lines = metrics(run.path)
+    assert [line["overfitting"]["rollbacks"] for line in lines] == [0, 1, 2]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert len(heard.warnings) == 2
+    assert all(text.endswith("the run goes back to where it still held") for text in heard.warnings)
+
+
+def test_three_rollbacks_then_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All to the one state that held, which later steps have not changed; the fourth time the run ends."""
+    rig(monkeypatch, dict.fromkeys(range(4, 100), OVERFITTED))
+    before, after = recorded(monkeypatch)
+    heard = Heard()
+    run = go(tmp_path / "run", "rollback", display=heard, epochs=5)
+    assert max(before) == 7
+    for step in (4, 5, 6):
+        assert_same(after[step], before[3])
+    assert [line["overfitting"]["rollbacks"] for line in metrics(run.path)] == [1, 3]
+    assert run.summary["last"]["epoch"] == 2
+    assert newest_checkpoint(run.path)["stopped"] is True
+    assert len(heard.warnings) == 4
+    assert all("goes back" in text for text in heard.warnings[:3])
+    assert "stops" in heard.warnings[3]
+    assert "goes back" not in heard.warnings[3]
+
+
+# ------------------------------------------------------------------------------------------------ kills
+
+
+class Crash(Exception):
+    """What a kill looks like from inside."""
+
+
+FOUND = {3: OVERFITTED, 6: OVERFITTED, 7: OVERFITTED, 11: OVERFITTED}
+
+
+@pytest.mark.parametrize(("step", "how"), [(2, "ask"), (3, "ask"), (6, "ask"), (7, "crash"), (8, "ask"), (10, "crash")])
+def test_a_kill_takes_nothing_from_the_guard(
+    step: int, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Best, counts and the state to go back to are in the checkpoint: the run ends as if it had never stopped."""
+    with monkeypatch.context() as patch:
+        rig(patch, FOUND)
+        whole = go(tmp_path / "whole", "rollback").path
+    assert [line["overfitting"]["rollbacks"] for line in metrics(whole)] == [1, 3, 3]
+    with monkeypatch.context() as patch:
+        rig(patch, FOUND)
+        before = Loop.one_step
+
+        def stopping(self: Loop, batch: Batch, progress: Progress) -> None:
+            before(self, batch, progress)
+            if progress.step + 1 == step:
+                if how == "crash":
+                    raise Crash
+                self.interruption.asked = True
+
+        patch.setattr(Loop, "one_step", stopping)
+        with pytest.raises((Interrupted, Crash)):
+            go(tmp_path / "run", "rollback")
+    guard = newest_checkpoint(tmp_path / "run")["ranks"][0]["guard"]
+    assert guard["best"] == 0.4
+    assert guard["good"] is not None
+    rig(monkeypatch, FOUND)
+    assert_same_run(go(tmp_path / "run", "rollback", resume=True).path, whole)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The option is in --help's list, config.yaml keeps it, and a wrong word is refused in one line."""
+    data, out = write_toy(tmp_path / "toy.npz"), tmp_path / "run"
+    words = ["train", "fast_at", "--data", data, "--threat.epsilon", 0.1, "--model.width", 4, "--epochs", 1]
+    words += ["--batch-size", 16, "--training.test_steps", 1, "--training.validation_steps", 1]
+    words += ["--training.device", "cpu", "--training.catastrophic_overfitting"]
+    assert command(*words, "stop", "--training.overfitting_check", 2, "--out", out) == 0
+    assert "catastrophic_overfitting: stop" in (out / "config.yaml").read_text()
+    assert set(metrics(out)[0]["overfitting"]) == {"fgsm_accuracy", "pgd5_accuracy", "found", "rollbacks"}
+    capsys.readouterr()
+    assert "use auto or off or warn or stop or rollback" in refused(capsys, *words, "halt", "--out", tmp_path / "no")
+    told = refused(capsys, *words, "stop", "--training.overfitting_check", 0, "--out", tmp_path / "no")
+    assert "overfitting_check is 0: give a whole number of at least 1" in told
+
+
+# ------------------------------------------------------------------------------------------------ two processes
+
+
+def together(case: str) -> dict[str, Any]:
+    """BatchNorm of each process's own half, so that their accuracies differ inside an epoch."""
+    settings = watched("stop" if case == "stop" else "rollback", every=3)
+    recipe = one_step(batch_size=8, views=(SplitBatchNorm(),), objective=NormalizedMSE())
+    return {"recipe": recipe, "data": toy(count=400), "model": tiny_net(), "settings": settings}
+
+
+def process(rank: int, folder: Path) -> None:
+    """What each of the two processes does."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD)
+    own: list[list[float]] = []
+    shared: list[dict[str, float]] = []
+    ends: list[Any] = []
+    total, judge, end_epoch = distributed.total, OvertakenAttack.judge, Loop.end_epoch
+
+    def noted_total(value: Tensor) -> Tensor:
+        if value.shape == (2,) and value.dtype == torch.float64:
+            own.append(value.tolist())
+        return total(value)
+
+    def rigged(self: OvertakenAttack, fgsm: float, pgd: float) -> bool:
+        judge(self, fgsm, pgd)
+        shared.append(dict(self.last))
+        self.found = len(shared) in (5, 8)
+        return self.found
+
+    def noted_end(self: Loop) -> None:
+        end_epoch(self)
+        ends.append({"state": copied(training_state(self)["step"]), "rollbacks": self.guard.rollbacks})
+
+    catastrophic_overfitting.distributed.total = noted_total  # type: ignore[assignment]  # in this process alone
+    OvertakenAttack.judge, Loop.end_epoch = rigged, noted_end  # type: ignore[method-assign]
+    for case in ("stop", "rollback"):
+        for kept in (own, shared, ends):
+            kept.clear()
+        fit(**together(case), out=folder / case)
+        torch.save({"own": own, "shared": shared, "ends": ends}, folder / f"{case}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of two processes."""
+    folder = tmp_path_factory.mktemp("processes")
+    started = mp.spawn(process, args=(folder,), nprocs=WORLD, join=False)
+    limit = time.monotonic() + 120
+    try:
+        while not started.join(timeout=1):
+            assert time.monotonic() < limit, "the processes wait for each other"
+    finally:
+        for one in started.processes:
+            one.kill()
+    return folder
+
+
+@pytest.mark.parametrize("case", ["stop", "rollback"])
+def test_two_processes_decide_alike(case: str, folder: Path) -> None:
+    """On the mean of what both measured, which differed; what they hold afterwards is the same."""
+    first, second = (torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(WORLD))
+    assert first["own"] != second["own"]
+    assert first["shared"] == second["shared"]
+    for one, other, mean in zip(first["own"], second["own"], first["shared"], strict=True):
+        assert list(mean.values()) == pytest.approx([(a + b) / 2 for a, b in zip(one, other, strict=True)])
+    assert_same(first["ends"], second["ends"])
+    lines = metrics(folder / case)
+    if case == "stop":
+        assert [line["step"] for line in lines] == [15]
+    else:
+        assert lines[-1]["overfitting"]["rollbacks"] == first["ends"][-1]["rollbacks"] == 2
+        assert [line["step"] for line in lines] == [45, 90, 135]
