@@ -231,7 +231,7 @@ def extra_images(job: Job, data: Any) -> str:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.stem}-{job.method}-{job.seed}.npz")  # two runs may write at once
-        numpy.savez(part, images=data.train.pixels[job.train_images :].squeeze(-1).numpy())
+        numpy.savez(part, x=data.train.pixels[job.train_images :].squeeze(-1).numpy())
         part.replace(file)
     return str(file)
 
@@ -388,17 +388,24 @@ def main() -> None:
     if not asked.table:
         waiting = jobs(asked)
         print(f"{len(waiting)} runs to make", flush=True)
+        failed = 0
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(asked.jobs, mp_context=context) as pool:
             running = [pool.submit(run, job) for job in waiting]
             for count, finished in enumerate(as_completed(running), 1):
+                if finished.exception() is not None:  # the others' rows are kept
+                    failed += 1
+                    print(f"{count}/{len(waiting)} failed: {finished.exception()}", flush=True)
+                    continue
                 row = finished.result()
                 with ROWS.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(f"{count}/{len(waiting)}", row["data"], row["arm"], row["method"], row["seed"], end=" ")
                 print(f"{row['best_clean']:.3f} {row['best_robust']:.3f} {row['seconds']:.0f} s", flush=True)
                 if not math.isfinite(row["best_robust"]):
-                    raise SystemExit("a run without a result")
+                    failed += 1
+        if failed:
+            raise SystemExit(f"{failed} runs gave no result")
     TABLE.write_text(table() + "\n")
     print(TABLE)
 

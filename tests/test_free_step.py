@@ -41,9 +41,20 @@ from holdfast.setup import prepare
 from holdfast.steps.free import Free, FreeStep
 from holdfast.threat import L1, L2
 from parts import small_recipe
-from tiny_runs import FP32, FP64, assert_same, assert_same_run, command, metrics, refused, tiny_net, tiny_recipe, toy
-
-from tiny_runs import newest_checkpoint, weights  # isort: skip
+from tiny_runs import (
+    FP32,
+    FP64,
+    assert_same,
+    assert_same_run,
+    command,
+    metrics,
+    newest_checkpoint,
+    refused,
+    tiny_net,
+    tiny_recipe,
+    toy,
+    weights,
+)
 
 EPSILON, REPLAYS, EPOCHS, WORLD = 0.1, 3, 2, 2
 
@@ -248,7 +259,7 @@ def test_refused_settings() -> None:
     with pytest.raises(HoldfastError, match="makes its own perturbation from the training pass: leave the attack out"):
         free(attack=PGD(steps=1))
     for replays in (0, -1, 2.0, True):
-        with pytest.raises(HoldfastError, match="replays is .*: give a whole number of at least 1"):
+        with pytest.raises(HoldfastError, match=r"replays is .*: give a whole number of at least 1"):
             Free(replays=replays)  # type: ignore[arg-type]  # that is the test
     with pytest.raises(HoldfastError, match=r"step_size is -0.1: it must be at least 0"):
         Free(step_size=-0.1)
@@ -477,7 +488,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_train_like_one(folder: Path) -> None:
-    """Losses and weights to 1e-10; each keeps the perturbations of its own places, which interleave to the one's."""
+    """Losses, weights and perturbations to 1e-10, though neither has a batch of an even share."""
     for alone, together in zip(metrics(folder / "one"), metrics(folder / "two"), strict=True):
         assert together["terms"] == pytest.approx(alone["terms"], abs=1e-10, rel=0)
         assert together["step"] == alone["step"]
@@ -485,14 +496,12 @@ def test_two_processes_train_like_one(folder: Path) -> None:
     for alone, together in zip(weights(folder / "one").values(), weights(folder / "two").values(), strict=True):
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
     wanted = newest_checkpoint(folder / "one")["step"]["delta"]
-    ranks = [state["buffers"]["delta"] for state in newest_checkpoint(folder / "two")["ranks"]]
-    for place in range(13):
-        torch.testing.assert_close(ranks[place % WORLD][place // WORLD], wanted[place], rtol=0, atol=1e-10)
-    assert not torch.equal(*ranks)
+    for state in newest_checkpoint(folder / "two")["ranks"]:  # so that any number of processes can go on
+        torch.testing.assert_close(state["buffers"]["delta"], wanted, rtol=0, atol=1e-10)
 
 
 def test_two_processes_stopped_inside_an_epoch(folder: Path) -> None:
-    """Each goes on with its own perturbation, bit for bit."""
-    assert (folder / "stopped-0").exists()
-    assert (folder / "stopped-1").exists()
+    """Each goes on with the perturbations of its own rows, bit for bit."""
+    for rank in range(WORLD):
+        assert (folder / f"stopped-{rank}").exists()
     assert_same_run(folder / "stopped", folder / "coupled")

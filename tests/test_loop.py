@@ -30,6 +30,7 @@ from holdfast import (
     fit,
     recipes,
 )
+from holdfast import loop as loop_module
 from holdfast.averages.base import Average
 from holdfast.compilation import compile_in_place
 from holdfast.data.images import Dataset, Images
@@ -51,9 +52,9 @@ STEPS = 4  # of an epoch: 65 images in batches of 16
 
 
 def watch(
-    monkeypatch: pytest.MonkeyPatch, owner: type, name: str, seen: Callable[..., None], *, first: bool = False
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, seen: Callable[..., None], *, first: bool = False
 ) -> None:
-    """Call `seen` with the arguments of a method, after it or before it."""
+    """Call `seen` with the arguments of a method or a function that takes the loop, after it or before it."""
     before = getattr(owner, name)
 
     def wrapped(self: Any, *arguments: Any, **more: Any) -> Any:
@@ -362,9 +363,9 @@ def test_statistics_are_reestimated(how: str, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(PGD, "__call__", kept)
     loops: list[Loop] = []
-    watch(monkeypatch, Loop, "reestimate", lambda self, *rest: (found.clear(), loops.append(self)), first=True)
+    watch(monkeypatch, loop_module, "reestimate", lambda self, *rest: (found.clear(), loops.append(self)), first=True)
     at_end: list[list[Tensor]] = []
-    watch(monkeypatch, Loop, "reestimate", lambda self, *rest: at_end.append(list(found)))
+    watch(monkeypatch, loop_module, "reestimate", lambda self, *rest: at_end.append(list(found)))
     run = fit(tiny_recipe(averages=(average,)), toy(), tiny_net(), out=tmp_path / "run", settings=FP64)
     state = weights(run.path, "last")
     assert len(at_end) == 2

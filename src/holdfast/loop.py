@@ -221,7 +221,7 @@ class Loop:
             found = self.evaluation(self.setup.validation, self.settings.validation_steps, None)
             line["validation"] = found.as_dict()
             self.keep_if_best(found)
-        line["seconds_left"] = self.time_left()
+        line["seconds_left"] = 0.0 if last else self.time_left()
         self.folder.append_metrics(line)
         self.lines += 1
         self.epoch, self.position = self.epoch + 1, 0
@@ -244,7 +244,7 @@ class Loop:
         now = time.monotonic()
         self.seconds, self.clock = self.seconds + now - self.clock, now
         spent = self.seconds - self.epoch_began  # what came before a checkpoint inside the epoch included
-        images = self.steps_per_epoch * self.loader.batch_size
+        images = self.position * self.step.replays * self.loader.batch_size
         line = {
             "epoch": self.epoch + 1,
             "step": progress.step + 1,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.forward import Attacked, Batch, Statistics, View
-from holdfast.schedule import Progress
-from holdfast.threat import ThreatModel
+from holdfast.forward import STATISTICS, Attacked, Batch, Statistics, View
+from holdfast.schedule import Progress, Scalar, as_scalar
+from holdfast.threat import ThreatModel, parse_epsilon
 
 InnerLoss = Callable[[Tensor], Tensor]
 """Logits (B, K) to the loss (B,) that the attack maximises."""
@@ -94,6 +94,33 @@ def loss_of_rows(inner_loss: InnerLoss, rows: Tensor, count: int) -> InnerLoss:
         return inner_loss(everyone)[rows]
 
     return loss
+
+
+def checked_step_size(value: Scalar | str | None) -> Scalar | None:
+    """A step size as a number or a schedule; text such as ``2/255`` is read, None is left for the attack's own.
+
+    Raises:
+        HoldfastError: negative, no number, or a bare number above 1.
+    """
+    if isinstance(value, str):
+        value = parse_epsilon(value)
+    if value is None:
+        return None
+    checked = as_scalar("step_size", value, minimum=0)
+    if isinstance(checked, float):
+        parse_epsilon(checked)
+    return checked
+
+
+def checked_statistics(value: Statistics) -> Statistics:
+    """The word itself.
+
+    Raises:
+        HoldfastError: it is none of `STATISTICS`.
+    """
+    if value not in STATISTICS:
+        raise HoldfastError(f"statistics {value!r} is unknown: use one of {', '.join(STATISTICS)}")
+    return value
 
 
 def require_steepest(threat: ThreatModel, attack: str) -> None:

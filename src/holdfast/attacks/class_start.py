@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import distributed
-from holdfast.attacks.base import AttackWithMemory, InnerLoss, input_gradient
+from holdfast.attacks.base import AttackWithMemory, InnerLoss, checked_statistics, input_gradient
 from holdfast.errors import HoldfastError
-from holdfast.forward import STATISTICS, Attacked, Batch, Statistics, View
+from holdfast.forward import Attacked, Batch, Statistics, View
 from holdfast.functional import cross_entropy
 from holdfast.keyed_random import uniform
 from holdfast.schedule import Progress
@@ -65,11 +65,9 @@ class ClassStartFGSM(AttackWithMemory):
             raise HoldfastError(f"period is {period!r}: give a whole number of steps, 1 or more")
         if len(noise_share) != 2 or not 0 <= noise_share[0] <= noise_share[1] <= 1:
             raise HoldfastError(f"noise_share is {noise_share!r}: give the least and the largest share, 0 … 1")
-        if statistics not in STATISTICS:
-            raise HoldfastError(f"statistics {statistics!r} is unknown: use one of {', '.join(STATISTICS)}")
         self.period, self.wide = period, wide
         self.noise_share = (float(noise_share[0]), float(noise_share[1]))
-        self.statistics: Statistics = statistics
+        self.statistics: Statistics = checked_statistics(statistics)
         self.register_buffer("patterns", torch.zeros(0))
         self.register_buffer("age", torch.tensor(-1, dtype=torch.int64))  # the step of the patterns; -1: none yet
 

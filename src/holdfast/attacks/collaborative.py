@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.attacks.base import InnerLoss, require_steepest
+from holdfast.attacks.base import InnerLoss, checked_statistics, checked_step_size, require_steepest
 from holdfast.attacks.pgd import NORMAL_START
 from holdfast.errors import HoldfastError
-from holdfast.forward import STATISTICS, Attacked, Batch, Statistics, View
+from holdfast.forward import Attacked, Batch, Statistics, View
 from holdfast.functional import extremes, symmetric_kl
 from holdfast.keyed_random import normal
-from holdfast.schedule import Progress, Scalar, as_scalar, value_at
-from holdfast.threat import ThreatModel, parse_epsilon
+from holdfast.schedule import Progress, Scalar, value_at
+from holdfast.threat import ThreatModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,10 @@ class CollaborativePGD:
     makes = ("collaborative",)
 
     def __post_init__(self) -> None:
-        if isinstance(self.step_size, str):
-            object.__setattr__(self, "step_size", parse_epsilon(self.step_size))
-        if self.step_size is not None:
-            object.__setattr__(self, "step_size", as_scalar("step_size", self.step_size, minimum=0))  # type: ignore[arg-type]  # no text any more
+        object.__setattr__(self, "step_size", checked_step_size(self.step_size))
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise HoldfastError(f"steps is {self.steps!r}: give a whole number of at least 1")
-        if self.statistics not in STATISTICS:
-            raise HoldfastError(f"statistics {self.statistics!r} is unknown: use one of {', '.join(STATISTICS)}")
+        checked_statistics(self.statistics)
 
     def passes(self) -> float:
         """Three forwards and three backwards to the input a step."""

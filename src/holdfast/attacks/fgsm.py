@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from holdfast.attacks.base import InnerLoss, input_gradient, require_steepest
+from holdfast.attacks.base import InnerLoss, checked_statistics, checked_step_size, input_gradient, require_steepest
 from holdfast.errors import HoldfastError
-from holdfast.forward import STATISTICS, Attacked, Batch, Statistics, View
+from holdfast.forward import Attacked, Batch, Statistics, View
 from holdfast.keyed_random import Key, uniform
 from holdfast.schedule import Progress, Scalar, as_scalar, value_at
-from holdfast.threat import ThreatModel, parse_epsilon
+from holdfast.threat import ThreatModel
 
 Start = bool | Literal["bernoulli"]
 
@@ -62,17 +62,11 @@ class FGSM:
     makes = ("adv_start",)
 
     def __post_init__(self) -> None:
-        if isinstance(self.step_size, str):
-            object.__setattr__(self, "step_size", parse_epsilon(self.step_size))
-        if self.step_size is not None:
-            object.__setattr__(self, "step_size", as_scalar("step_size", self.step_size, minimum=0))  # type: ignore[arg-type]  # no text any more
-            if isinstance(self.step_size, float):
-                parse_epsilon(self.step_size)
+        object.__setattr__(self, "step_size", checked_step_size(self.step_size))
         object.__setattr__(self, "start_scale", as_scalar("start_scale", self.start_scale, minimum=0))
         if self.random_start not in (True, False, "bernoulli"):
             raise HoldfastError(f"random_start is {self.random_start!r}: use true, false or bernoulli")
-        if self.statistics not in STATISTICS:
-            raise HoldfastError(f"statistics {self.statistics!r} is unknown: use one of {', '.join(STATISTICS)}")
+        checked_statistics(self.statistics)
 
     def passes(self) -> float:
         """One forward and one backward to the input."""

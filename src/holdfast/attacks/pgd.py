@@ -8,12 +8,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from holdfast.attacks.base import InnerLoss, input_gradient, loss_of_rows, require_steepest
+from holdfast.attacks.base import (
+    InnerLoss,
+    checked_statistics,
+    checked_step_size,
+    input_gradient,
+    loss_of_rows,
+    require_steepest,
+)
 from holdfast.errors import HoldfastError
-from holdfast.forward import STATISTICS, Attacked, Batch, Statistics, View
+from holdfast.forward import Attacked, Batch, Statistics, View
 from holdfast.keyed_random import Key, normal
 from holdfast.schedule import Progress, Scalar, as_scalar, value_at
-from holdfast.threat import ThreatModel, parse_epsilon
+from holdfast.threat import ThreatModel
 
 NORMAL_START = 0.001
 
@@ -68,12 +75,7 @@ class PGD:
     statistics: Statistics = "eval"
 
     def __post_init__(self) -> None:
-        if isinstance(self.step_size, str):
-            object.__setattr__(self, "step_size", parse_epsilon(self.step_size))
-        if self.step_size is not None:
-            object.__setattr__(self, "step_size", as_scalar("step_size", self.step_size, minimum=0))  # type: ignore[arg-type]  # no text any more
-            if isinstance(self.step_size, float):
-                parse_epsilon(self.step_size)
+        object.__setattr__(self, "step_size", checked_step_size(self.step_size))
         for name, least in (("steps", 0), ("restarts", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -83,8 +85,7 @@ class PGD:
         object.__setattr__(self, "step_noise", as_scalar("step_noise", self.step_noise, minimum=0))
         if self.random_start not in (True, False, "normal"):
             raise HoldfastError(f"random_start is {self.random_start!r}: use true, false or normal")
-        if self.statistics not in STATISTICS:
-            raise HoldfastError(f"statistics {self.statistics!r} is unknown: use one of {', '.join(STATISTICS)}")
+        checked_statistics(self.statistics)
 
     def passes(self) -> float:
         """K forwards and K backwards to the input for each restart; choosing between restarts takes one more forward.

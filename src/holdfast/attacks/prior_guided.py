@@ -6,10 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import distributed
-from holdfast.attacks.base import AttackWithMemory, InnerLoss, input_gradient
+from holdfast.attacks.base import (
+    AttackWithMemory,
+    InnerLoss,
+    checked_statistics,
+    checked_step_size,
+    input_gradient,
+)
 from holdfast.attacks.fgsm import signs
 from holdfast.errors import HoldfastError
-from holdfast.forward import STATISTICS, Attacked, Batch, Statistics, View
+from holdfast.forward import Attacked, Batch, Statistics, View
 from holdfast.keyed_random import Key
 from holdfast.schedule import Progress, Scalar, as_scalar, value_at
 from holdfast.threat import ThreatModel
@@ -60,7 +66,7 @@ class PriorGuidedFGSM(AttackWithMemory):
         *,
         momentum: Scalar = 0.3,
         reset_every: int = 40,
-        step_size: Scalar | None = None,
+        step_size: Scalar | str | None = None,
         statistics: Statistics = "eval",
     ) -> None:
         super().__init__()
@@ -68,10 +74,8 @@ class PriorGuidedFGSM(AttackWithMemory):
         if isinstance(reset_every, bool) or not isinstance(reset_every, int) or reset_every < 1:
             raise HoldfastError(f"reset_every is {reset_every!r}: give a whole number of epochs, 1 or more")
         self.reset_every = reset_every
-        self.step_size = None if step_size is None else as_scalar("step_size", step_size, minimum=0)
-        if statistics not in STATISTICS:
-            raise HoldfastError(f"statistics {statistics!r} is unknown: use one of {', '.join(STATISTICS)}")
-        self.statistics: Statistics = statistics
+        self.step_size = checked_step_size(step_size)
+        self.statistics: Statistics = checked_statistics(statistics)
         for name in ("prior", "moment", "born", "written"):
             self.register_buffer(name, torch.zeros(0, dtype=torch.bool if name == "written" else torch.float32))
 

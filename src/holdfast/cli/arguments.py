@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 
 from holdfast.errors import HoldfastError
 
+WHOLE_PARTS = ("--augmentation", "--mixing")
+"""Options without a dot that name a whole part: ``--mixing cutmix``."""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that refuses as everything else here does, and names the nearest option for a typo."""
@@ -52,7 +55,8 @@ def joined(argv: Sequence[str]) -> list[str]:
     rest = list(argv)
     while rest:
         word = rest.pop(0)
-        if word.startswith("--") and "." in word and "=" not in word and rest and not rest[0].startswith("--"):
+        of_a_part = "." in word or word in WHOLE_PARTS
+        if word.startswith("--") and of_a_part and "=" not in word and rest and not rest[0].startswith("--"):
             word = f"{word}={rest.pop(0)}"
         words.append(word)
     return words

@@ -42,6 +42,7 @@ def parser() -> Parser:
     known.add_argument("--validate-every", type=positive, metavar="N", help="epochs between validations (1)")
     known.add_argument("--warmup", type=float, metavar="SHARE", help="share of the run on clean images first")
     known.add_argument("--label-smoothing", type=float, metavar="S", help="share of the label given to other classes")
+    known.add_argument("--train-ball", metavar="E", help="radius of training examples: 16/255, or unbounded")
     known.add_argument("--extra-share", type=float, metavar="SHARE", help="share of a batch from --training.extra_data")
     known.add_argument("--gradient-clip", type=float, metavar="NORM", help="largest norm of the gradient")
     known.add_argument("--paper-settings", action="store_true", help="everything as in the method's paper or code")
@@ -187,7 +188,7 @@ def apply(config: dict[str, Any], asked: Namespace, rest: Sequence[str]) -> dict
     """The configuration with the plain options and the --section.key ones."""
     from holdfast.cli.overrides import override
     from holdfast.configuration import check_keys
-    from holdfast.threat import build_threat
+    from holdfast.threat import build_threat, parse_epsilon
 
     check_keys(config)
     config = {key: value for key, value in config.items() if key != "resolved"}
@@ -197,6 +198,9 @@ def apply(config: dict[str, Any], asked: Namespace, rest: Sequence[str]) -> dict
     for name in ("data", "seed", "init", *numbers):
         if getattr(asked, name) is not None:
             config[name] = getattr(asked, name)
+    if asked.train_ball is not None:
+        word = asked.train_ball
+        config["train_ball"] = word if word == "unbounded" else parse_epsilon(word)
     if asked.epsilon is not None and (asked.config or asked.resume):
         scale_with_epsilon(config, asked.epsilon)
     norm = None if asked.norm is None else build_threat(asked.norm, 0.0).norm  # upper and lower case are one

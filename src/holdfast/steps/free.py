@@ -105,8 +105,8 @@ class FreeStep(AdversarialStep):
     def carried(self, x: Tensor) -> Tensor:
         """δ for the rows of this batch: a view of the buffer. Each process has every so manieth row of a batch."""
         world = distributed.world_size()
-        if self.delta.shape[1:] != x.shape[1:] or len(self.delta) < world * len(x):
-            rows = max(world * len(x), self.recipe.batch_size)
+        rows = max(distributed.rank() + world * (len(x) - 1) + 1, self.recipe.batch_size)  # the same on every process
+        if self.delta.shape[1:] != x.shape[1:] or len(self.delta) < rows:
             self.delta = torch.zeros(rows, *x.shape[1:], dtype=x.dtype, device=x.device)
         return self.delta[distributed.rank() :: world][: len(x)]
 
