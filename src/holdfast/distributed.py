@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from holdfast.errors import HoldfastError
+
 
 def active() -> bool:
     """Whether more than one process trains."""
@@ -67,6 +69,15 @@ def average_in_place(tensors: Sequence[Tensor]) -> None:
 def average_buffers(module: nn.Module) -> None:
     """Make buffers equal on all processes, as is done at every epoch's end."""
     average_in_place(list(module.buffers()))
+
+
+def require_rows(method: str, index: Tensor, memory: Tensor) -> None:
+    """Refuse positions for which a memory with a row an image has none. Only the CPU is asked: others would wait."""
+    if index.device.type == "cpu" and len(index) and int(index.max()) >= len(memory):
+        raise HoldfastError(
+            f"{method} was prepared for {len(memory)} images, and a batch holds number {int(index.max())}: call prepare"
+            " with images=N for all of them"
+        )
 
 
 def merge_rows(memory: Tensor, written: Tensor) -> None:

@@ -71,7 +71,7 @@ class Loop:
         self.warmup_steps = round(self.recipe.warmup * self.recipe.epochs * self.steps_per_epoch)
         self.epoch = self.position = self.lines = 0
         self.guard = OvertakenAttack()
-        self.response = response(self.settings.catastrophic_overfitting, self.recipe.attack)
+        self.response = response(self.settings.catastrophic_overfitting, self.recipe.attack or self.recipe.step)
         self.stopped = False  # before the last epoch, because of what the guard found
         self.sums: dict[str, list[Any]] = {}
         self.measured: dict[str, float] = {}
@@ -358,6 +358,8 @@ class Loop:
             results[name] = {"epoch": epoch, **found.as_dict()}
         self.display.stop()
         summary = self.setup.summary(results, round(self.seconds, 1))
+        if self.stopped:
+            summary["stopped"] = self.guard.message(self.epoch)
         self.folder.write_summary(summary)
         distributed.barrier()
         return summary

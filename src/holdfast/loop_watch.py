@@ -23,9 +23,10 @@ ADVICE = {
 
 
 def watch(loop: Loop) -> None:
-    """Look for catastrophic overfitting now and then, and do what the settings say."""
+    """Look for catastrophic overfitting now and then, at every epoch's end too, and do what the settings say."""
     done = loop.epoch * len(loop.loader) + loop.position
-    if loop.response == "off" or loop.progress().warming_up or done % loop.settings.overfitting_check:
+    due = done % loop.settings.overfitting_check == 0 or loop.position == len(loop.loader)
+    if loop.response == "off" or loop.progress().warming_up or not due:
         return
     known = loop.guard.found
     images = loop.setup.validation
@@ -34,7 +35,7 @@ def watch(loop: Loop) -> None:
     branches = getattr(loop.step, "branches", {})
     found = loop.guard.look(View(loop.model, branch=branches.get("adv", "main")), x, y, loop.recipe.threat)
     if not found:
-        if loop.response == "rollback":
+        if loop.response == "rollback" and not loop.guard.suspected:
             loop.guard.good = snapshot(training_state(loop))
         return
     goes_back = loop.response == "rollback" and loop.guard.good is not None and loop.guard.rollbacks < ROLLBACKS
@@ -44,6 +45,6 @@ def watch(loop: Loop) -> None:
     if goes_back:
         restore_training(loop, snapshot(loop.guard.good))  # type: ignore[arg-type]  # not None, by goes_back
         loop.guard.rollbacks += 1
-        loop.guard.found = False
+        loop.guard.found = loop.guard.suspected = False
     elif loop.response in ("stop", "rollback"):
         loop.stopped = True

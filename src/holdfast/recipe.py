@@ -148,8 +148,8 @@ class Recipe:
                     f"{type(view).__name__} works on side {missing[0]!r}, which {type(self.objective).__name__} never"
                     f" runs (it runs {', '.join(sides)}): choose other sides, or another objective"
                 )
-            if any(side in self.networks for side in view.perturbs):
-                raise HoldfastError(f"{type(view).__name__} perturbs the classifier only: take guides out of sides")
+            if any(side in self.networks for side in (*view.perturbs, *view.needs_sides)):
+                raise HoldfastError(f"{type(view).__name__} is for the classifier alone: take guides out of its sides")
         searched = [side for view in self.views for side in view.perturbs]
         if len(set(searched)) < len(searched):
             raise HoldfastError(
@@ -169,7 +169,7 @@ class Recipe:
 
     def _refuse_what_the_objective_cannot(self) -> None:
         """Networks that are missing, an attack that is too short, mixed images where labels are remembered."""
-        name = type(self.objective).__name__
+        name = f"{self.name} ({type(self.objective).__name__})"
         for network in self.objective.needs_networks:
             if network not in self.networks:
                 raise HoldfastError(

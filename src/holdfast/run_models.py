@@ -83,15 +83,28 @@ def further_networks(
         else:
             options = {key: spec[key] for key in spec if key not in DERIVED} if not wanted.model else {}
             kind = wanted.model or str(spec.get("name") or "")
-            if not kind:
-                raise HoldfastError(f"the network {name!r} has no name: give --networks.{name}.model NAME")
             options.pop("name", None)
-            module, _ = build_model(kind, dataset, training, Key(seed).fold(name).torch_seed, options)
+            if kind:
+                module, _ = build_model(kind, dataset, training, Key(seed).fold(name).torch_seed, options)
+            else:  # a classifier given from Python
+                module = anew(classifier, Key(seed).fold(name).torch_seed)
             if wanted.init is not None and not started:
                 load_initial(module, wanted.init)
         built[name] = module.requires_grad_(wanted.trained)
         same_classes(name, built[name], classifier, training)
     return built
+
+
+def anew(network: nn.Module, seed: int) -> nn.Module:
+    """A copy whose layers have drawn new weights, where they know how to."""
+    copied = copy.deepcopy(network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in copied.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+    return copied
 
 
 def same_classes(name: str, network: nn.Module, classifier: nn.Module, training: Images) -> None:

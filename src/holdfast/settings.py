@@ -40,7 +40,7 @@ class Settings:
         catastrophic_overfitting: What is done when it is found (`holdfast.catastrophic_overfitting`): ``"off"`` looks
             for nothing, ``"warn"`` tells, ``"stop"`` ends the run, ``"rollback"`` goes back to where it still held, at
             most three times; ``"auto"`` warns where the training attack takes one step.
-        overfitting_check: Batches between two looks for it.
+        overfitting_check: Batches between two looks for it; every epoch ends with one too.
         checkpoint_minutes: A checkpoint is also written inside an epoch after so many minutes.
         keep_checkpoints: How many checkpoints are left in the run folder.
     """

@@ -192,6 +192,16 @@ def recipe_notes(recipe: Recipe, init: str | Path | None) -> list[str]:
             "a part of the method waits for the learning rate to drop, which this schedule never does: it stays off;"
             " give another --schedule.knots, or a fixed strength"
         )
+    for view in recipe.views:
+        sides = {
+            side for side in recipe.sides_ever() if side.startswith("adv") or side in recipe.objective.needs_others
+        }
+        left = sorted(sides - {*view.perturbs, "adv_unperturbed"})
+        if view.perturbs and left:
+            notes.append(
+                f"{type(view).__name__} perturbs {', '.join(view.perturbs)}, while {', '.join(left)} runs at the"
+                " weights themselves: --views.worst_weights.sides says which"
+            )
     if recipe.fine_tuning and init is None:
         notes.append(f"{recipe.name} fine-tunes a trained network, and this one is new: begin from one with --init RUN")
     return notes

@@ -66,6 +66,11 @@ class AdversarialStep(nn.Module):
 
     def __init__(self, recipe: Recipe, model: nn.Module, *, precision: str = "fp32", check_finite: bool = True) -> None:
         super().__init__()
+        if recipe.step is not None and type(self) is AdversarialStep:
+            raise HoldfastError(
+                f"recipe {recipe.name!r} has a step of its own: make it by recipe.step(recipe, model, precision='fp32',"
+                " check_finite=True), and call its after_backward and after_epoch too"
+            )
         self.recipe = recipe
         self.model = model
         self.objective: Objective = recipe.objective
@@ -75,8 +80,8 @@ class AdversarialStep(nn.Module):
         self.view_transforms = recipe.views
         if not self.objective.is_prepared:
             raise HoldfastError(
-                f"{type(self.objective).__name__} must know the network's sizes: call objective.prepare(model, x) with"
-                " a few images before AdversarialStep is made"
+                f"{type(self.objective).__name__} must know sizes: call objective.prepare(model, x, images=N) with a"
+                " few images and the number of training images before AdversarialStep is made"
             )
         self.precision = precision
         self.check_finite = check_finite

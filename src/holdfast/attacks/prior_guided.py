@@ -115,6 +115,7 @@ class PriorGuidedFGSM(AttackWithMemory):
                 "FGSM-PGI remembers a perturbation for every image: call attack.prepare(model, x, images=N) once, and"
                 " give batches their index"
             )
+        distributed.require_rows("FGSM-PGI", batch.index, self.prior)
         progress = progress or Progress()
         view = view.running(self.statistics).detached()
         step_size = threat.epsilon if self.step_size is None else value_at(self.step_size, progress)

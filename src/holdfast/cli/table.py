@@ -89,7 +89,7 @@ RECIPES: dict[str, RecipeLine] = {
     "las_at": RecipeLine(0.97, _LAS, "a strategy network learns how strongly to attack each image"),
     "las_awp": RecipeLine(1.41, _LAS, "LAS-AT around AWP"),
     "free_at": RecipeLine(
-        0.13, "Free-AT, arXiv:1904.12843", "each batch 8 times; attack and training share a backward"
+        0.13, "Free-AT, arXiv:1904.12843", "each batch 8 times, at this cost each; one backward serves both"
     ),
     "fast_at": RecipeLine(0.22, "Fast-AT, arXiv:2001.03994", "one step from a random start (FGSM-RS)"),
     "n_fgsm": RecipeLine(0.22, "N-FGSM, arXiv:2202.01181", "one step from strong noise, not projected"),

@@ -20,6 +20,7 @@ _EXAMPLES = """examples:
   holdfast train --config runs/one/config.yaml --seed 1        the same run with another seed
   holdfast train --resume --out runs/one                       go on where it stopped
 
+--augmentation idbh and --mixing mixup or cutmix add these to any recipe, or none takes them away.
 Any other --section.key value changes a setting: --attack.steps 20, --objective.strength 3, --optimizer.learning_rate
 0.05, --averages.ema.decay 0.999, --training.compile true. `holdfast train RECIPE --help` lists them all."""
 

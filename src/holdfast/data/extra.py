@@ -246,5 +246,5 @@ def _counts(labels: Tensor, classes: tuple[str, ...]) -> str:
     """How many images each class has; of many classes, the fewest and the most."""
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
     pairs = sorted(zip(counts, classes, strict=True)) if len(classes) > 20 else zip(counts, classes, strict=True)
-    words = [f"{count} {name}" for count, name in pairs]
+    words = [f"{count} of class {name}" for count, name in pairs]
     return ", ".join(words) if len(words) <= 20 else f"from {words[0]} to {words[-1]}"

@@ -33,8 +33,9 @@ class GeometryWeighted(Objective):
             apart.
     Source: Zhang et al., ICLR 2021, arXiv:2010.01736. Reference code:
         zjfheart/Geometry-aware-Instance-reweighted-Adversarial-Training.
-    Differs from the reference: ω is not changed by a further "piecewise" schedule of Λ, which its code cannot reach.
-        PGD flatters this method: its gradients are masked (published: PGD-20 57.8 %, AutoAttack about 40 %).
+    Differs from the reference: K / 2 is not rounded down where K is odd; epochs are counted from 0; ω is not changed by
+        a further "piecewise" schedule of Λ, which its code cannot reach. PGD flatters this method: its gradients are
+        masked (published: PGD-20 57.8 %, AutoAttack about 40 %).
 
     Example:
         >>> GeometryWeighted().weights(torch.tensor([0, 10]), 10).round(decimals=2).tolist()

@@ -29,7 +29,7 @@ class GuidedAdversarial(Objective):
         Nats and squared probabilities.
     Raises:
         HoldfastError: strength is negative.
-    Source: Sriramanan et al., NeurIPS 2020, arXiv:2011.14969. Reference code: val-iisc/GAT.
+    Source: Sriramanan et al., NeurIPS 2020, arXiv:2011.14969. Reference code: val-iisc/GAMA-GAT.
     Differs from the reference: the attack's clean probabilities are those of the attack's own view (evaluation
         statistics), a forward of their own in every second step; there they are those of the training forward. Every
         second step is counted over the run, there anew in every epoch.

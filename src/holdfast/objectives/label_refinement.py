@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast import distributed
+from holdfast.distributed import require_rows
 from holdfast.errors import HoldfastError
 from holdfast.forward import Forward, View
 from holdfast.functional import cross_entropy
@@ -38,7 +39,8 @@ class LabelRefinement(Objective):
             Recipes with MixUp or CutMix are refused: the memory holds labels of single images.
     Source: Li et al., CVPR 2024 (Soften to Defend: Self-Guided Label Refinement), arXiv:2403.09101. Reference code:
         devicerxx/SGLS.
-    Differs from the reference: label smoothing, where a recipe has it, softens the labels that the memory begins with.
+    Differs from the reference: epochs are counted from 0; label smoothing, where a recipe has it, softens the labels
+        that the memory begins with.
 
     Example:
         >>> LabelRefinement(begin=0.5).sides(Progress(step=0, epochs=10))
@@ -86,6 +88,9 @@ class LabelRefinement(Objective):
     @torch.no_grad()
     def refined(self, f: Forward) -> Tensor:
         """The labels of the batch after this step's refinement, (B, K); kept where the step remembers."""
+        if f.batch.index is None:
+            raise HoldfastError("SGLR remembers a label for every image: give batches their index")
+        require_rows("SGLR", f.batch.index, self.memory)
         clean, adv, index = f.outputs["clean"].logits.softmax(1), f.outputs["adv"].logits.softmax(1), f.batch.rows
         given = f.batch.labels if f.batch.target is not None else F.one_hot(f.batch.y, adv.shape[1])
         before = torch.where(self.started[index, None], self.memory[index], given.to(self.memory.dtype))

@@ -155,7 +155,8 @@ def dm_at(*, epsilon: Threat, model: str = "", paper_settings: bool = False) -> 
 
     Source: Wang et al., ICML 2023, arXiv:2302.04638. Reference code: wzekai99/DM-Improves-AT.
     Differs from the reference: BatchNorm's momentum and the weight decay of its parameters are the usual ones; the
-        average's BatchNorm statistics are averaged, there the model's own.
+        average's BatchNorm statistics are averaged, there the model's own; it averages from the start, there after 2.5
+        %.
     """
     threat = threat_of(epsilon)
     attack = pgd10(threat)

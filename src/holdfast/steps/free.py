@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import distributed
-from holdfast.attacks.base import require_steepest
+from holdfast.attacks.base import checked_step_size, require_steepest
 from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch
 from holdfast.objectives.base import Objective
 from holdfast.recipe import Recipe
-from holdfast.schedule import Progress, Scalar, as_scalar, value_at
+from holdfast.schedule import Progress, Scalar, value_at
 from holdfast.step import AdversarialStep
 
 
@@ -50,13 +50,14 @@ class Free:
     """
 
     replays: int = 8
-    step_size: Scalar | None = None
+    step_size: Scalar | str | None = None
+
+    steps = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.replays, bool) or not isinstance(self.replays, int) or self.replays < 1:
             raise HoldfastError(f"replays is {self.replays!r}: give a whole number of at least 1")
-        if self.step_size is not None:
-            object.__setattr__(self, "step_size", as_scalar("step_size", self.step_size, minimum=0))
+        object.__setattr__(self, "step_size", checked_step_size(self.step_size))
 
     def passes(self, recipe: Recipe, progress: Progress) -> float:
         """A forward and a full backward for every optimiser step, of which a batch has m."""
@@ -70,7 +71,20 @@ class Free:
                 " run at other weights or statistics: leave the views out, or use the recipe of a method with an attack"
             )
         if recipe.attack is not None:
-            return "Free-AT makes its own perturbation from the training pass: leave the attack out"
+            return "Free-AT makes its own perturbation from the training pass: give it a recipe without an attack"
+        objective, sides = recipe.objective, recipe.sides_ever()
+        odd = [side for side in sides if side.startswith("adv") and side != "adv"]
+        if "adv" not in sides or odd or objective.needs_others or objective.least_attack_steps > 1:
+            return (
+                f"Free-AT makes one attacked image of each, and {type(objective).__name__} runs on"
+                f" {', '.join((*sides, *objective.needs_others))} or counts attack steps: use another objective"
+                " (--objective.name adversarial_training)"
+            )
+        if objective.needs_random_start:
+            return (
+                f"Free-AT's perturbation begins at zero, where {type(objective).__name__} has no gradient: use another"
+                " objective (--objective.name adversarial_training)"
+            )
         return None
 
     def __call__(self, recipe: Recipe, model: nn.Module, **settings: Any) -> FreeStep:
@@ -118,7 +132,7 @@ class FreeStep(AdversarialStep):
         (x_adv, x), self.leaf = self.leaf, None
         assert x_adv.grad is not None
         threat = self.recipe.threat
-        step_size = threat.epsilon if self.free.step_size is None else value_at(self.free.step_size, progress)
+        step_size = threat.epsilon if self.free.step_size is None else value_at(self.free.step_size, progress)  # type: ignore[arg-type]  # no text
         moved = threat.project(x_adv.detach() + step_size * threat.steepest(x_adv.grad), x)
         self.carried(x).copy_(moved - x)
 
