@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from holdfast.cli import demo, evaluate, table
 from holdfast.cli import train as train_verb
 from holdfast.cli.listing import TABLES
 from holdfast.cli.main import _MODULES
-from holdfast.cli.overrides import override
+from holdfast.cli.overrides import OPTIONAL, override, section_parser
 from holdfast.components import ATTACKS
 from holdfast.configuration import build_recipe, recipe_config
 from holdfast.data.sources import load
@@ -446,6 +447,46 @@ def test_another_epsilon_takes_along_what_the_recipe_made_of_it(
     assert before["train_ball"]["knots"][-1][1] == pytest.approx(0.1)
     assert after["train_ball"]["knots"][-1][1] == pytest.approx(0.025)
     assert before["attack"]["step_size"] == 0.02
+
+
+def test_the_training_ball(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A radius or none; what is asked for does not follow epsilon; a bare number of grey values is refused."""
+    assert train(data, tmp_path / "a", "--train-ball", "16/255", epochs=1) == 0
+    assert configured(tmp_path / "a")["train_ball"] == pytest.approx(16 / 255)
+    words = ["train", "--config", tmp_path / "a" / "config.yaml", "--threat.epsilon", 0.05, "--train-ball"]
+    assert command(*words, "unbounded", "--out", tmp_path / "b") == 0
+    assert configured(tmp_path / "b")["train_ball"] == "unbounded"
+    assert command(*words, 0.07, "--out", tmp_path / "c") == 0
+    assert configured(tmp_path / "c")["train_ball"] == 0.07
+    capsys.readouterr()
+    assert "write 16/255 if that was meant" in refused(capsys, *words, 16, "--out", tmp_path / "d")
+
+
+def base_of_a_run(name: str) -> dict[str, Any]:
+    """A configuration of the recipe as the command has it before it looks at the other options."""
+    given = {"data": "digits", "model": {"name": "small_cnn"}, "seed": 0, "init": None}
+    return {**recipe_config(RECIPES[name](epsilon=0.1)), **given, "training": asdict(Settings())}
+
+
+GOES_ON = ("adds", "chooses", "frees")  # the sentence, behind an option that is named without a value
+FOREIGN = {("rst", "--distance")}  # options of the authors' own scripts
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_options_in_a_docstring_can_be_typed(name: str) -> None:
+    """Every option that a recipe mentions is one of the command's, and takes the value beside it."""
+    options = re.findall(r"(--[a-z][\w.-]*\w)(?:\s+('[^']+'|[\w./]*\w))?", inspect.getdoc(RECIPES[name]) or "")
+    for option, value in options:
+        if (name, option) in FOREIGN:
+            continue
+        before = base_of_a_run(name)
+        plain, parts = train_verb.parser()._option_string_actions, section_parser(before)._option_string_actions
+        assert option in {*plain, *parts, *(f"--{section}" for section in OPTIONAL)}, f"{option} is no option"
+        if value and value not in GOES_ON:
+            asked, rest = train_verb.parser().read_known([option, value.strip("'")])
+            after = train_verb.apply(before, asked, rest)
+            assert after != before, f"{option} {value} changes nothing"
+            build_recipe(after)
 
 
 def test_overrides_of_averages_that_are_there_keep_their_order() -> None:

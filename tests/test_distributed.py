@@ -21,6 +21,7 @@ from torch import Tensor
 
 from holdfast import (
     EMA,
+    FGSM,
     SWA,
     TRADES,
     AdversarialTraining,
@@ -43,12 +44,15 @@ from holdfast import (
     distributed,
     fit,
 )
+from holdfast import loop as loop_module
+from holdfast.catastrophic_overfitting import OvertakenAttack
 from holdfast.errors import HoldfastError
 from holdfast.forward import Forward
 from holdfast.interruption import Interrupted
 from holdfast.loop import Loop
 from holdfast.runs.folder import RunFolder
 from holdfast.schedule import Progress
+from holdfast.threat import Linf
 from tiny_runs import (
     FP32,
     FP64,
@@ -56,6 +60,7 @@ from tiny_runs import (
     assert_same,
     assert_same_run,
     metrics,
+    newest_checkpoint,
     tiny_net,
     tiny_recipe,
     toy,
@@ -126,16 +131,61 @@ def exact(case: str) -> dict[str, Any]:
         choices = {"epsilons": [0.5, 1.0, 1.5], "steps": [1, 2, 3], "step_sizes": [0.25, 1.0]}
         step = LearnableStrategy(**choices, period=3, learning_rate=0.05, look_ahead_steps=2, width=4)
         recipe = replace(recipe, attack=None, train_ball="unbounded", step=step, views=(WorstWeights(gamma=0.05),))
+    recipe = replace(recipe, batch_size=13 if case == "uneven" else 16)
     if case in METHODS:
         recipe = METHODS[case](replace(recipe, warmup=0.0))
-    settings = replace(FP64, drop_last=case != "uneven")
-    # 73 images: 7 are held out and 66 are left, so that a batch of 13 leaves one over, for rank 0 alone
+    uneven = case in ("uneven", "free")  # what is remembered for a place in the batch must keep its place
+    settings = replace(FP64, drop_last=not uneven)
+    # 73 images: 7 are held out and 66 are left, so that batches of 13 or 5 leave one over, for rank 0 alone
     return {
-        "recipe": replace(recipe, batch_size=13 if case == "uneven" else 16),
-        "data": toy(count=73 if case == "uneven" else 72),
+        "recipe": recipe,
+        "data": toy(count=73 if uneven else 72),
         "model": tiny_net(norm=False),
         "settings": settings,
     }
+
+
+def guarded() -> dict[str, Any]:
+    """One-step training watched for overfitting; BatchNorm of each process's own half lets their accuracies differ."""
+    settings = replace(FP32, catastrophic_overfitting="rollback", overfitting_check=2)
+    recipe = tiny_recipe(attack=FGSM(), threat=Linf(0.05), batch_size=8, epochs=2)
+    return {"recipe": recipe, "data": toy(count=240), "model": tiny_net(), "settings": settings}
+
+
+FOUND = (8, 12, 15, 20)  # looks at which it is found: three times the run goes back, then it ends
+
+
+def watch_guarded(rank: int, folder: Path) -> None:
+    """What this process measured at every look, the mean that it judged, and all that it then held."""
+    own: list[list[float]] = []
+    shared: list[dict[str, float]] = []
+    held: list[Any] = []
+    total, judge, watch = distributed.total, OvertakenAttack.judge, loop_module.watch
+
+    def noted_total(value: Tensor) -> Tensor:
+        if value.shape == (2,) and value.dtype == torch.float64:
+            own.append(value.tolist())
+        return total(value)
+
+    def rigged(guard: OvertakenAttack, fgsm: float, pgd: float) -> bool:
+        judge(guard, fgsm, pgd)
+        shared.append(dict(guard.last))
+        guard.found = guard.suspected = len(shared) in FOUND
+        return guard.found
+
+    def noted_watch(loop: Loop) -> None:
+        seen = len(shared)
+        watch(loop)
+        if len(shared) > seen:
+            state = {name: tensor.clone() for name, tensor in loop.module.state_dict().items()}
+            held.append({"step": state, "rollbacks": loop.guard.rollbacks, "stopped": loop.stopped})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "total", noted_total)
+        patch.setattr(OvertakenAttack, "judge", rigged)
+        patch.setattr(loop_module, "watch", noted_watch)
+        fit(**guarded(), out=folder / "two" / "guarded")
+    torch.save({"own": own, "shared": shared, "held": held}, folder / f"guarded-{rank}.pt")
 
 
 def coupled() -> dict[str, Any]:
@@ -161,7 +211,9 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {  # with memories, further net
     "guide": lambda recipe: replace(
         recipe, objective=BoundaryGuided(beta=1.0), networks={"guide": tiny_net(norm=False, seed=9)}
     ),
-    "free": lambda recipe: replace(recipe, attack=None, objective=AdversarialTraining(), step=Free(replays=2)),
+    "free": lambda recipe: replace(
+        recipe, attack=None, objective=AdversarialTraining(), step=Free(replays=2), batch_size=5, epochs=2
+    ),
 }
 CASES = ("pgd_at", "piat", "uneven", "weights", "strategy", *METHODS)
 
@@ -186,6 +238,8 @@ def process(rank: int, folder: Path) -> None:
         fit(**coupled(), out=folder / "two" / "coupled")
     torch.save({"terms": watched.terms, "ends": watched.ends}, folder / f"coupled-{rank}.pt")
 
+    watch_guarded(rank, folder)
+
     one_step = Loop.one_step
 
     def asked_on_one(loop: Loop, batch: Any, progress: Progress) -> None:
@@ -193,14 +247,15 @@ def process(rank: int, folder: Path) -> None:
         if progress.step == 18 and rank == 1:
             loop.interruption.asked = True
 
-    Loop.one_step = asked_on_one  # type: ignore[method-assign]
-    try:
-        fit(**coupled(), out=folder / "two" / "stopped")
-    except Interrupted:
-        names = sorted(path.name for path in (folder / "two" / "stopped" / "checkpoints").iterdir())
-        (folder / f"stopped-{rank}.txt").write_text(names[-1])
-    Loop.one_step = one_step  # type: ignore[method-assign]
-    fit(**coupled(), out=folder / "two" / "stopped", resume=True)
+    for name, arguments in (("stopped", coupled), ("free-stopped", lambda: exact("free"))):
+        Loop.one_step = asked_on_one  # type: ignore[method-assign]
+        try:
+            fit(**arguments(), out=folder / "two" / name)
+        except Interrupted:
+            names = sorted(path.name for path in (folder / "two" / name / "checkpoints").iterdir())
+            (folder / f"{name}-{rank}.txt").write_text(names[-1])
+        Loop.one_step = one_step  # type: ignore[method-assign]
+        fit(**arguments(), out=folder / "two" / name, resume=True)
 
     try:
         fit(**coupled(), out=folder / "two" / "coupled")
@@ -302,6 +357,34 @@ def test_stopped_on_one_process_and_resumed_on_both(folder: Path) -> None:
     names = {(folder / f"stopped-{rank}.txt").read_text() for rank in range(WORLD)}
     assert names == {"step-0000000026.pt"}  # 16 steps an epoch; the processes confer at every tenth of an epoch
     assert_same_run(folder / "two" / "stopped", folder / "two" / "coupled")
+
+
+def test_free_at_keeps_its_perturbations(folder: Path) -> None:
+    """Those of all rows are in every process's checkpoint; stopped inside an epoch, each goes on with its own rows."""
+    wanted = newest_checkpoint(folder / "one" / "free")["step"]["delta"]
+    assert float(wanted.abs().max()) > 0
+    for state in newest_checkpoint(folder / "two" / "free")["ranks"]:  # so that any number of processes can go on
+        torch.testing.assert_close(state["buffers"]["delta"], wanted, rtol=0, atol=1e-10)
+    names = {(folder / f"free-stopped-{rank}.txt").read_text() for rank in range(WORLD)}
+    (name,) = names
+    assert name == "step-0000000020.pt"  # of 28 in the first epoch
+    assert_same_run(folder / "two" / "free-stopped", folder / "two" / "free")
+
+
+def test_both_processes_decide_alike_about_overfitting(folder: Path) -> None:
+    """On the mean of what both measured, which differed; going back and ending, what they hold is the same."""
+    first, second = (kept(folder, "guarded", rank) for rank in range(WORLD))
+    assert first["own"] != second["own"]
+    assert first["shared"] == second["shared"]
+    for one, other, mean in zip(first["own"], second["own"], first["shared"], strict=True):
+        assert list(mean.values()) == pytest.approx([(a + b) / 2 for a, b in zip(one, other, strict=True)])
+    assert_same(first["held"], second["held"])
+    assert len(first["held"]) == FOUND[-1]
+    for number, looks in enumerate(FOUND[:-1], start=1):
+        back, good = first["held"][looks - 1], first["held"][looks - 2]
+        assert_same(back["step"], good["step"])
+        assert (good["rollbacks"], back["rollbacks"]) == (number - 1, number)
+    assert [look["stopped"] for look in first["held"]] == [False] * (FOUND[-1] - 1) + [True]
 
 
 def test_a_folder_in_use_is_refused_on_both(folder: Path) -> None:

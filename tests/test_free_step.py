@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
@@ -21,11 +20,15 @@ from conftest import small_batch, small_network
 from holdfast import (
     EMA,
     PGD,
+    TRADES,
     AdversarialTraining,
+    Consistency,
+    GeometryWeighted,
     HoldfastError,
     NormalizedMSE,
     SplitBatchNorm,
     StandardTraining,
+    StartConsistency,
     WorstWeights,
     fit,
 )
@@ -56,7 +59,7 @@ from tiny_runs import (
     weights,
 )
 
-EPSILON, REPLAYS, EPOCHS, WORLD = 0.1, 3, 2, 2
+EPSILON, REPLAYS, EPOCHS = 0.1, 3, 2
 
 
 def free(*, replays: int = REPLAYS, step_size: Any = None, **changes: Any) -> Recipe:
@@ -238,10 +241,9 @@ def test_other_losses_and_averages_train(tmp_path: Path) -> None:
 
 
 def test_cost_is_that_of_the_training_pass() -> None:
-    """A forward and a full backward: the attack is free."""
+    """A forward and a full backward of every side: the attack is free."""
     assert free().passes() == 3.0
     assert free(objective=NormalizedMSE()).passes() == 6.0
-    assert free(objective=StandardTraining()).passes() == 3.0
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -256,15 +258,48 @@ def test_refused_with_views(view: Any) -> None:
 
 def test_refused_settings() -> None:
     """With an attack, without whole replays, and under L1."""
-    with pytest.raises(HoldfastError, match="makes its own perturbation from the training pass: leave the attack out"):
+    with pytest.raises(HoldfastError, match="makes its own perturbation from the training pass: give it a recipe with"):
         free(attack=PGD(steps=1))
     for replays in (0, -1, 2.0, True):
         with pytest.raises(HoldfastError, match=r"replays is .*: give a whole number of at least 1"):
             Free(replays=replays)  # type: ignore[arg-type]  # that is the test
-    with pytest.raises(HoldfastError, match=r"step_size is -0.1: it must be at least 0"):
-        Free(step_size=-0.1)
     with pytest.raises(HoldfastError, match="L1"):
         lone(small_recipe(attack=None, threat=L1(1.0), objective=NormalizedMSE(), step=Free()))
+
+
+def test_step_size_is_a_radius() -> None:
+    """Text like 2/255 is read, and a bare number of grey values is refused."""
+    assert Free(step_size="2/255").step_size == pytest.approx(2 / 255)
+    with pytest.raises(HoldfastError, match=r"write 2/255 if that was meant"):
+        Free(step_size=2)
+    with pytest.raises(HoldfastError, match=r"step_size is -0.1: it must be at least 0"):
+        Free(step_size=-0.1)
+    seen = []
+    for step_size in ("2/255", 2 / 255):
+        step = lone(small_recipe(AdversarialTraining(), attack=None, step=Free(step_size=step_size)))
+        step(small_batch(dtype=torch.float64), Progress())["loss"].backward()
+        step.after_backward(Progress())
+        seen.append(step.delta)
+    assert torch.equal(*seen)
+    assert float(seen[0].abs().max()) == pytest.approx(2 / 255)
+
+
+@pytest.mark.parametrize(
+    ("objective", "part"),
+    [
+        (StandardTraining(), "StandardTraining runs on clean or"),  # no attacked side
+        (StartConsistency(), "StartConsistency runs on adv_start, adv or"),  # images that another attack makes
+        (Consistency(), "Consistency runs on adv, adv2 or"),  # two attacked views
+        (GeometryWeighted(), "or counts attack steps: use another objective"),
+        (TRADES(), "begins at zero, where TRADES has no gradient"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_refused_objectives(objective: Any, part: str) -> None:
+    """Those that one attacked image, without a count of steps, and from the clean image, do not serve."""
+    with pytest.raises(HoldfastError, match=re.escape(part)) as refusal:
+        free(objective=objective)
+    assert "--objective.name adversarial_training" in str(refusal.value)
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -419,7 +454,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         (["--views.worst_weights.gamma", "0.01"], "which WorstWeights would run at other weights or statistics"),
         (["--views.split_batchnorm.sides", "[clean]"], "which SplitBatchNorm would run"),
-        (["--attack.name", "pgd"], "leave the attack out"),
+        (["--attack.name", "pgd"], "give it a recipe without an attack"),
+        (["--step.step_size", "2"], "write 2/255 if that was meant"),
+        (["--objective.name", "trades"], "begins at zero, where TRADES has no gradient"),
         (["--step.replays", "0"], "replays is 0: give a whole number of at least 1"),
         (["--step.replays", "2.5"], "--step.replays '2.5' is no int"),
         (["--step.replay", "2"], "did you mean --step.replays"),
@@ -432,76 +469,3 @@ def test_refusals_of_the_command(
     told = refused(capsys, "train", "free_at", "--data", "digits", "--out", tmp_path / "run", *words)
     assert part in told
     assert not (tmp_path / "run").exists()
-
-
-# ------------------------------------------------------------------------------------------------ two processes
-
-
-def exact() -> dict[str, Any]:
-    """Arguments of `fit` for a run that must equal one process: no BatchNorm, a last batch of one image."""
-    settings = replace(FP64, drop_last=False)
-    return {"recipe": free(batch_size=13), "data": toy(73), "model": tiny_net(norm=False), "settings": settings}
-
-
-def coupled() -> dict[str, Any]:
-    """BatchNorm of each process's own half, and enough batches to stop inside an epoch."""
-    return {"recipe": free(batch_size=4, replays=2), "data": toy(), "model": tiny_net(dropout=0.2), "settings": FP32}
-
-
-def process(rank: int, folder: Path) -> None:
-    """What each of the two processes does."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD)
-    fit(**exact(), out=folder / "two")
-    fit(**coupled(), out=folder / "coupled")
-    one_step = Loop.one_step
-
-    def asked_on_one(loop: Loop, batch: Any, progress: Progress) -> None:
-        one_step(loop, batch, progress)
-        if progress.step == 37 and rank == 1:
-            loop.interruption.asked = True
-
-    Loop.one_step = asked_on_one  # type: ignore[method-assign]
-    try:
-        fit(**coupled(), out=folder / "stopped")
-    except Interrupted:
-        (folder / f"stopped-{rank}").touch()
-    Loop.one_step = one_step  # type: ignore[method-assign]
-    fit(**coupled(), out=folder / "stopped", resume=True)
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of two processes, and of one."""
-    folder = tmp_path_factory.mktemp("processes")
-    together = mp.spawn(process, args=(folder,), nprocs=WORLD, join=False)
-    limit = time.monotonic() + 120
-    try:
-        while not together.join(timeout=1):
-            assert time.monotonic() < limit, "the processes wait for each other"
-    finally:
-        for one in together.processes:
-            one.kill()
-    fit(**exact(), out=folder / "one")
-    return folder
-
-
-def test_two_processes_train_like_one(folder: Path) -> None:
-    """Losses, weights and perturbations to 1e-10, though neither has a batch of an even share."""
-    for alone, together in zip(metrics(folder / "one"), metrics(folder / "two"), strict=True):
-        assert together["terms"] == pytest.approx(alone["terms"], abs=1e-10, rel=0)
-        assert together["step"] == alone["step"]
-        assert together["validation"] == alone["validation"]
-    for alone, together in zip(weights(folder / "one").values(), weights(folder / "two").values(), strict=True):
-        torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
-    wanted = newest_checkpoint(folder / "one")["step"]["delta"]
-    for state in newest_checkpoint(folder / "two")["ranks"]:  # so that any number of processes can go on
-        torch.testing.assert_close(state["buffers"]["delta"], wanted, rtol=0, atol=1e-10)
-
-
-def test_two_processes_stopped_inside_an_epoch(folder: Path) -> None:
-    """Each goes on with the perturbations of its own rows, bit for bit."""
-    for rank in range(WORLD):
-        assert (folder / f"stopped-{rank}").exists()
-    assert_same_run(folder / "stopped", folder / "coupled")

@@ -108,10 +108,7 @@ class Kept:
 # ------------------------------------------------------------------------------------------------ guides
 
 
-OWN = pytest.param("an own module", marks=pytest.mark.xfail(strict=True, reason="refused: it has no name"))
-
-
-@pytest.mark.parametrize("model", ["small_cnn", "an own file", OWN])
+@pytest.mark.parametrize("model", ["small_cnn", "an own file", "an own module"])
 def test_the_guide_is_of_the_classifiers_kind(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With weights of its own, which are trained and checkpointed; the run exports the classifier alone."""
     (tmp_path / "net.py").write_text(NET)
@@ -298,14 +295,14 @@ def test_a_taught_run_goes_on(
         ("lbgat", ["--networks.gide.model", "resnet18"], "did you mean --networks.guide.model"),
         ("lbgat", ["--networks.guide.model", "resnet81"], "no network is named 'resnet81': use resnet18"),
         ("lbgat", ["--mixing", "mixup"], "leave the mixing out"),
-        ("lbgat", ["--mixing", "cutmix"], "needs images of one class, and CutMix mixes two"),
-        ("sglr", ["--mixing", "mixup"], "needs images of one class, and MixUp mixes two"),
+        ("lbgat", ["--mixing", "cutmix"], "lbgat (BoundaryGuided) needs images of one class, and CutMix mixes two"),
+        ("sglr", ["--mixing", "mixup"], "sglr (LabelRefinement) needs images of one class, and MixUp mixes two"),
         ("sglr", ["--mixing", "cutmix"], "leave the mixing out"),
-        ("gairat", ["--attack.name", "fgsm"], "weighs images by how many attack steps they survive, of which there is"),
+        ("gairat", ["--attack.name", "fgsm"], "gairat (GeometryWeighted) weighs images by how many"),
         ("gairat", ["--attack.steps", "1"], "give the attack 2 or more (--attack.steps 10)"),
         ("pgd_at", ["--objective.name", "prior_guided"], "which PGD does not make: use the attack"),
-        ("fgsm_pgi", ["--attack.name", "pgd"], "runs on images 'adv_prior', which PGD does not make"),
-        ("pgd_at", ["--objective.name", "boundary_guided"], "BoundaryGuided needs a further network 'guide'"),
+        ("fgsm_pgi", ["--attack.name", "pgd"], "fgsm_pgi (PriorGuided) runs on images 'adv_prior', which PGD"),
+        ("pgd_at", ["--objective.name", "boundary_guided"], "pgd_at (BoundaryGuided) needs a further network 'guide'"),
         ("pgd_at", ["--mixing", "cutmx"], "mixing 'cutmx' is unknown: did you mean cutmix?"),
         ("pgd_at", ["--mixing", "cutmix", "--mixing.alpha", "-1"], "CutMix alpha is -1.0: give a positive number"),
         ("pgd_at", ["--mixing", "mixup", "--mixing.probability", "0.5"], "--mixing.probability is unknown"),
@@ -360,7 +357,7 @@ def test_teachers_of_other_data(
 
 def test_refused_from_python() -> None:
     """A recipe without its networks, a description where there is no `fit`, a module from Python read from YAML."""
-    with pytest.raises(HoldfastError, match="Distillation needs a further network 'standard_teacher'"):
+    with pytest.raises(HoldfastError, match=r"^tiny \(Distillation\) needs a further network 'standard_teacher'"):
         tiny_recipe(objective=Distillation())
     with pytest.raises(HoldfastError, match="the network 'guide' is only described: give the module itself"):
         AdversarialStep(guided(), tiny_net())
@@ -531,6 +528,21 @@ def test_idbh_trains_on_the_digits_and_in_colour(strength: str, tmp_path: Path) 
         assert all(np.isfinite(value) for value in metrics(tmp_path / run)[0]["terms"].values())
         config = yaml.safe_load((tmp_path / run / "config.yaml").read_text())
         assert config["augmentation"]["strength"] == strength
+
+
+def test_idbh_mirrors_where_the_data_allow_it() -> None:
+    """Unless the settings, or the augmentation itself, say otherwise; what is decided is in the run's configuration."""
+    for data_flip, asked, own, wanted in (
+        (False, None, None, False),
+        (True, None, None, True),
+        (True, False, None, False),
+        (False, None, True, True),
+        (True, None, False, False),
+    ):
+        recipe, data = tiny_recipe(augmentation=IDBH(flip=own)), replace(toy(), flip=data_flip)
+        setup = prepare(recipe, data, tiny_net(), seed=0, settings=replace(FP32, flip=asked))
+        assert setup.loader.augmentation == IDBH(flip=wanted)
+        assert setup.config["augmentation"]["flip"] is wanted
 
 
 def test_recipes_with_networks_are_described() -> None:

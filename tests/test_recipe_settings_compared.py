@@ -158,14 +158,19 @@ TABLE: dict[str, dict[str, Row]] = {
         paper=NORMAL,
     ),
     # LBGAT's code, as executed: 0.02 in the first epoch, drops before epoch 76, 91 (and 101), counted from 1. A guide
-    # of the classifier's own kind by default: docstring.
+    # of the classifier's own kind, and gradients clipped to length 1, by default: docstring.
     "lbgat": row(
         objective=part("BoundaryGuided", beta=0.0),
         networks={"guide": part("FurtherNetwork", **NETWORK, trained=True)},
         learning_rate=steps((0, 0.02), (1, 0.1), (75, 0.01), (90, 0.001), last=100 - JUST),
         weight_decay=2e-4,
         epochs=100,
-        paper={**NORMAL, "networks": {"guide": part("FurtherNetwork", model="resnet18", init=None, trained=True)}},
+        gradient_clip=1.0,
+        paper={
+            **NORMAL,
+            "gradient_clip": None,
+            "networks": {"guide": part("FurtherNetwork", model="resnet18", init=None, trained=True)},
+        },
     ),
     # 0.3 of the cross-entropy is what 0.1 and 0.6 leave; averaged from epoch 55, learning rate as `pgd_at_swa`.
     "kd_swa": row(

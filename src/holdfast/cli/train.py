@@ -199,11 +199,11 @@ def apply(config: dict[str, Any], asked: Namespace, rest: Sequence[str]) -> dict
     for name in ("data", "seed", "init", *numbers):
         if getattr(asked, name) is not None:
             config[name] = getattr(asked, name)
+    if asked.epsilon is not None and (asked.config or asked.resume):
+        scale_with_epsilon(config, asked.epsilon)
     if asked.train_ball is not None:
         word = asked.train_ball
         config["train_ball"] = word if word == "unbounded" else parse_epsilon(word)
-    if asked.epsilon is not None and (asked.config or asked.resume):
-        scale_with_epsilon(config, asked.epsilon)
     norm = None if asked.norm is None else build_threat(asked.norm, 0.0).norm  # upper and lower case are one
     for name, value in (("epsilon", asked.epsilon), ("norm", norm)):
         if value is not None:

@@ -73,12 +73,12 @@ class Free:
         if recipe.attack is not None:
             return "Free-AT makes its own perturbation from the training pass: give it a recipe without an attack"
         objective, sides = recipe.objective, recipe.sides_ever()
+        ran = ", ".join(dict.fromkeys((*sides, *objective.needs_others)))
         odd = [side for side in sides if side.startswith("adv") and side != "adv"]
         if "adv" not in sides or odd or objective.needs_others or objective.least_attack_steps > 1:
             return (
-                f"Free-AT makes one attacked image of each, and {type(objective).__name__} runs on"
-                f" {', '.join((*sides, *objective.needs_others))} or counts attack steps: use another objective"
-                " (--objective.name adversarial_training)"
+                f"Free-AT makes one attacked image of each, and {type(objective).__name__} runs on {ran} or counts"
+                " attack steps: use another objective (--objective.name adversarial_training)"
             )
         if objective.needs_random_start:
             return (
