@@ -248,9 +248,6 @@ def test_looks_come_every_so_many_batches(tmp_path: Path, monkeypatch: pytest.Mo
     looked.clear()
     go(tmp_path / "c", "auto", every=3, attack=None, step=Free(replays=2))
     assert looked == [6, 8, 12, 16, 18, 24]
-    looked.clear()
-    go(tmp_path / "d", "warn", every=100)
-    assert looked == [4, 8, 12]
 
 
 def test_warn_tells_once_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -392,14 +392,15 @@ def go(out: Path, *, resume: bool = False, minutes: float = 15.0) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody stopped."""
-    return go(tmp_path_factory.mktemp("whole") / "run")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[float, Path]:
+    """The runs that nobody stopped, with few checkpoints and with many, which keep settings of their own."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {minutes: go(folder / f"{minutes}", minutes=minutes) for minutes in (15.0, 0.0)}
 
 
 @pytest.mark.parametrize(("step", "asked"), [(1, True), (8, True), (12, True), (17, True), (5, False), (20, False)])
 def test_stopped_inside_an_epoch(
-    step: int, asked: bool, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, asked: bool, whole: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between any two replays, by Ctrl-C or a kill: the batch is finished or repeated, and δ is in the checkpoint."""
     before = Loop.one_step
@@ -422,12 +423,7 @@ def test_stopped_inside_an_epoch(
     if batches > 2:  # the warm-up makes none
         assert float(state["step"]["delta"].abs().max()) > 0
         assert_same(state["step"]["delta"], state["ranks"][0]["buffers"]["delta"])
-    assert_same_run(go(tmp_path / "run", minutes=minutes, resume=True), _like(whole, tmp_path, minutes))
-
-
-def _like(whole: Path, folder: Path, minutes: float) -> Path:
-    """The whole run, made with the same settings."""
-    return whole if minutes == 15.0 else go(folder / "whole", minutes=minutes)
+    assert_same_run(go(tmp_path / "run", minutes=minutes, resume=True), whole[minutes])
 
 
 # ------------------------------------------------------------------------------------------------ the command

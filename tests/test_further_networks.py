@@ -171,9 +171,8 @@ class Crash(Exception):
     """What a kill looks like from inside."""
 
 
-@pytest.mark.parametrize("how", ["asked", "crashed"])
-def test_resumed_with_its_guide(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, the guide in the checkpoint included."""
+def test_resumed_with_its_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, the guide in the checkpoint included, whether the run was asked to stop or killed."""
     settings = replace(FP32, checkpoint_minutes=0.0)
 
     def run(out: Path, *, resume: bool = False) -> Path:
@@ -184,19 +183,20 @@ def test_resumed_with_its_guide(how: str, tmp_path: Path, monkeypatch: pytest.Mo
 
     whole = run(tmp_path / "whole")
     before = Loop.one_step
+    for how in ("asked", "crashed"):
 
-    def one_step(self: Loop, batch: Batch, progress: Progress) -> None:
-        before(self, batch, progress)
-        if progress.step == 5:
-            if how == "crashed":
-                raise Crash
-            self.interruption.asked = True
+        def one_step(self: Loop, batch: Batch, progress: Progress, how: str = how) -> None:
+            before(self, batch, progress)
+            if progress.step == 5:
+                if how == "crashed":
+                    raise Crash
+                self.interruption.asked = True
 
-    monkeypatch.setattr(Loop, "one_step", one_step)
-    with pytest.raises((Interrupted, Crash)):
-        run(tmp_path / "run")
-    monkeypatch.undo()
-    assert_same_run(run(tmp_path / "run", resume=True), whole)
+        with monkeypatch.context() as patch:
+            patch.setattr(Loop, "one_step", one_step)
+            with pytest.raises((Interrupted, Crash)):
+                run(tmp_path / how)
+        assert_same_run(run(tmp_path / how, resume=True), whole)
     assert any("networks.guide" in name for name in newest_checkpoint(whole)["step"])
 
 
@@ -440,14 +440,11 @@ def test_the_loader_mixes_images_and_labels(name: str, smoothing: float) -> None
 
 def mixup_shares(before: Tensor, after: Tensor) -> float:
     """λ by least squares: after = λ before + (1 - λ) before[partner], whose sum over the batch is the same."""
-    candidates = torch.linspace(0, 1, 2001)
-    best, found = 1e9, 0.0
-    for share in candidates.tolist():
-        partner = (after - share * before) / max(1 - share, 1e-9)
-        distance = (partner.flatten(1)[:, None] - before.flatten(1)[None]).abs().amax(2).amin(1).max()
-        if float(distance) * (1 - share) < best:
-            best, found = float(distance) * (1 - share), share
-    return found
+    shares, before, after = torch.linspace(0, 1, 2001), before.flatten(1), after.flatten(1)
+    rest = (1 - shares[:, None, None]).clamp(min=1e-9)
+    partners = (after - shares[:, None, None] * before) / rest
+    distance = torch.cdist(partners, before.expand(len(shares), -1, -1), p=torch.inf).amin(2).amax(1)
+    return float(shares[(distance * (1 - shares)).argmin()])
 
 
 @pytest.mark.parametrize("name", MIXINGS)
