@@ -224,7 +224,7 @@ def test_pseudo_labels_are_the_models_argmax(place: Path, tmp_path: Path) -> Non
         wanted = torch.cat([network(to_pixels(image[None])).argmax(1) for image in images])
     assert len(wanted.unique()) > 1
     assert torch.equal(pseudo_labels(images, str(place / "labeller"), numbered(), batch_size=7), wanted)
-    counts = ", ".join(f"{int((wanted == label).sum())} {label}" for label in range(4))
+    counts = ", ".join(f"{int((wanted == label).sum())} of class {label}" for label in range(4))
     for labels in (place / "labeller", place / "labeller" / "model"):
         found = read(place / "unlabelled.npz", labels, numbered())
         assert torch.equal(found.images.labels, wanted)
