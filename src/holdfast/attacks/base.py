@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.forward import STATISTICS, Attacked, Batch, Statistics, View
+from holdfast.keyed_random import Key
 from holdfast.schedule import Progress, Scalar, as_scalar
 from holdfast.threat import ThreatModel, parse_epsilon
 
@@ -84,6 +85,12 @@ def input_gradient(view: View, x: Tensor, inner_loss: InnerLoss) -> tuple[Tensor
         logits = view(x).logits
         (gradient,) = torch.autograd.grad(inner_loss(logits).sum(), x)
     return gradient, logits.detach()
+
+
+def draw_key(purpose: str, batch: Batch, progress: Progress) -> Key:
+    """The key of an attack's draw; rows without identity draw anew at least in every step."""
+    key = progress.key(purpose)
+    return key.fold(progress.step) if batch.index is None else key
 
 
 def loss_of_rows(inner_loss: InnerLoss, rows: Tensor, count: int) -> InnerLoss:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import distributed
-from holdfast.attacks.base import AttackWithMemory, InnerLoss, checked_statistics, input_gradient
+from holdfast.attacks.base import AttackWithMemory, InnerLoss, checked_statistics, draw_key, input_gradient
 from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch, Statistics, View
 from holdfast.functional import cross_entropy
@@ -119,9 +119,7 @@ class ClassStartFGSM(AttackWithMemory):
 
     def start(self, patterns: Tensor, batch: Batch, threat: ThreatModel, progress: Progress) -> Tensor:
         """± δ0 of every image."""
-        x, key = batch.x, progress.key("attack start")
-        if batch.index is None:
-            key = key.fold(progress.step)
+        x, key = batch.x, draw_key("attack start", batch, progress)
         once = torch.zeros(1, dtype=torch.int64, device=x.device)
         share, sign = uniform(progress.key("class start").fold(progress.step), once, (2,), dtype=x.dtype)[0]
         least, most = self.noise_share

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.attacks.base import InnerLoss, checked_statistics, checked_step_size, require_steepest
+from holdfast.attacks.base import InnerLoss, checked_statistics, checked_step_size, draw_key, require_steepest
 from holdfast.attacks.pgd import NORMAL_START
 from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch, Statistics, View
@@ -80,9 +80,7 @@ class CollaborativePGD:
         view = view.running(self.statistics).detached()
         step_size = threat.epsilon / 4 if self.step_size is None else value_at(self.step_size, progress)  # type: ignore[arg-type]  # no text
         x, y = batch.x.detach(), batch.y
-        key = progress.key("attack start")
-        if batch.index is None:
-            key = key.fold(progress.step)
+        key = draw_key("attack start", batch, progress)
         starts = [
             threat.project(x + NORMAL_START * normal(key.fold(name), batch.rows, x.shape[1:], dtype=x.dtype), x)
             for name in ("collaborative", "adversarial")

@@ -8,7 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from holdfast.attacks.base import InnerLoss, checked_statistics, checked_step_size, input_gradient, require_steepest
+from holdfast.attacks.base import (
+    InnerLoss,
+    checked_statistics,
+    checked_step_size,
+    draw_key,
+    input_gradient,
+    require_steepest,
+)
 from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch, Statistics, View
 from holdfast.keyed_random import Key, uniform
@@ -74,10 +81,7 @@ class FGSM:
 
     def start(self, batch: Batch, threat: ThreatModel, progress: Progress) -> Tensor:
         """The point at which the gradient is taken."""
-        x, key = batch.x.detach(), progress.key("attack start")
-        if batch.index is None:
-            key = key.fold(progress.step)  # rows without identity: let at least every step draw anew
-        key = key.fold(0)
+        x, key = batch.x.detach(), draw_key("attack start", batch, progress).fold(0)
         if self.random_start == "bernoulli":
             if threat.norm != "Linf":
                 raise HoldfastError(f"a Bernoulli start is for Linf, not {threat.norm}: use --attack.random_start true")

@@ -12,6 +12,7 @@ from holdfast.attacks.base import (
     InnerLoss,
     checked_statistics,
     checked_step_size,
+    draw_key,
     input_gradient,
     loss_of_rows,
     require_steepest,
@@ -106,9 +107,7 @@ class PGD:
         require_steepest(threat, "PGD")
         progress = progress or Progress()
         view = view.running(self.statistics).detached()
-        key = progress.key("attack start")
-        if batch.index is None:
-            key = key.fold(progress.step)  # rows without identity: let at least every step draw anew
+        key = draw_key("attack start", batch, progress)
         best = self._search(view, batch, inner_loss, threat, progress, key.fold(0))
         if self.restarts == 1:
             return best
@@ -158,9 +157,7 @@ class PGD:
 
         x_adv = self._start(x, batch, threat, key)
         survived = torch.zeros_like(y)
-        left = torch.full_like(
-            y, patience or 0
-        )  # misclassified points from which a row still steps; -1: it has stopped
+        left = torch.full_like(y, patience or 0)  # misclassified points from which a row still steps; -1: stopped
         for number in range(self.steps):
             if patience is None:
                 gradient, logits = input_gradient(view, x_adv, inner_loss)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from holdfast.attacks.base import InnerLoss
+from holdfast.attacks.base import InnerLoss, draw_key
 from holdfast.attacks.rowwise_pgd import rowwise_pgd
 from holdfast.forward import Attacked, Batch, Statistics, View
-from holdfast.keyed_random import Key
 from holdfast.schedule import Progress
 from holdfast.steps.strategy_network import StrategyNetwork, draw
 from holdfast.threat import ThreatModel
@@ -60,7 +59,7 @@ class StrategyAttack:
 
     def chosen(self, logits: Sequence[Tensor], batch: Batch, progress: Progress) -> Tensor:
         """The places (B, 3) of what is chosen; equal arguments choose the same."""
-        return draw(logits, _key("attack strategy", batch, progress), batch.rows)
+        return draw(logits, draw_key("attack strategy", batch, progress), batch.rows)
 
     def meant(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Radii as multiples, numbers of steps, and step sizes as multiples, (B,) each."""
@@ -84,11 +83,5 @@ class StrategyAttack:
             radius=threat.epsilon * radius,
             steps=steps,
             step_size=threat.epsilon * step_size,
-            key=_key("attack start", batch, progress),
+            key=draw_key("attack start", batch, progress),
         )
-
-
-def _key(purpose: str, batch: Batch, progress: Progress) -> Key:
-    """The key of a draw; rows without identity draw anew at least in every step."""
-    key = progress.key(purpose)
-    return key.fold(progress.step) if batch.index is None else key
