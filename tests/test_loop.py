@@ -36,7 +36,7 @@ from holdfast.compilation import compile_in_place
 from holdfast.data.images import Dataset, Images
 from holdfast.data.loader import to_pixels
 from holdfast.errors import HoldfastError
-from holdfast.evaluation.accuracy import Evaluation
+from holdfast.evaluation.accuracy import Evaluation, accuracies
 from holdfast.forward import Batch, Forward, View
 from holdfast.functional import cross_entropy, smooth_labels
 from holdfast.loop import Loop
@@ -285,11 +285,11 @@ def test_validation_images_are_not_trained_on(tmp_path: Path) -> None:
 
 
 def test_the_closing_evaluation_is_of_the_whole_test_set_or_of_n(tmp_path: Path) -> None:
-    """And equal to `evaluate` on the exported model."""
+    """And equal to `accuracies` on the exported model."""
     data = toy()
     run = fit(tiny_recipe(), data, tiny_net(), out=tmp_path / "run", settings=replace(FP32, test_images=None))
     model = holdfast.load_model(run.path, model=tiny_net())
-    found = holdfast.evaluate(model, data.test, threat=tiny_recipe().threat, attack=PGD(steps=2, early_stop=0))
+    found = accuracies(model, data.test, threat=tiny_recipe().threat, attack=PGD(steps=2, early_stop=0))
     assert run.summary["n"] == 24
     assert found.as_dict() == {key: run.summary["best"][key] for key in found.as_dict()}
     again = replace(FP32, test_images=10)

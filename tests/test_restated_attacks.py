@@ -14,7 +14,7 @@ from holdfast.attacks.fgsm import FGSM
 from holdfast.attacks.pgd import PGD
 from holdfast.data.images import Images
 from holdfast.errors import HoldfastError
-from holdfast.evaluation.accuracy import evaluate, robust_rows
+from holdfast.evaluation.accuracy import accuracies, robust_rows
 from holdfast.forward import Attacked, Batch, View
 from holdfast.functional import cross_entropy
 from holdfast.schedule import Progress, piecewise
@@ -141,7 +141,7 @@ def test_evaluation_certifies_a_linear_model_exactly() -> None:
     model[0] = nn.Flatten()
     for attack in (PGD(), PGD(early_stop=0), PGD(restarts=2, early_stop=0), FGSM()):
         for batch_size in (400, 64):
-            found = evaluate(model, data, threat=Linf(0.05), attack=attack, batch_size=batch_size)
+            found = accuracies(model, data, threat=Linf(0.05), attack=attack, batch_size=batch_size)
             assert (found.n, found.clean, found.robust) == (400, (margins > 0).sum(), (margins > slack).sum())
     batch = Batch(torch.from_numpy(x).float().reshape(400, 3, 1, 2), torch.from_numpy(y))
     clean, robust = robust_rows(model, batch, PGD(), Linf(0.05))

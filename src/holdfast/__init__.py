@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from holdfast.data.mixing import MixUp as MixUp
     from holdfast.data.sources import load as load_data
     from holdfast.errors import HoldfastError as HoldfastError
-    from holdfast.evaluation.accuracy import evaluate as evaluate
+    from holdfast.evaluation.robustness import evaluate as evaluate
     from holdfast.forward import Batch as Batch
     from holdfast.forward import View as View
     from holdfast.further_network import FurtherNetwork as FurtherNetwork
@@ -76,7 +76,7 @@ _PLACES = {
     "Interpolation": ("averages.interpolation", "Interpolation"),
     "load_data": ("data.sources", "load"),
     "HoldfastError": ("errors", "HoldfastError"),
-    "evaluate": ("evaluation.accuracy", "evaluate"),
+    "evaluate": ("evaluation.robustness", "evaluate"),
     "Batch": ("forward", "Batch"),
     "View": ("forward", "View"),
     "build_model": ("models.factory", "build"),

@@ -144,3 +144,58 @@ def extremes(logits: Sequence[Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
     """
     own = torch.stack([probability_of(each.detach(), y) for each in logits])
     return own.argmin(0), own.argmax(0)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    r"""Difference of logits ratio: the margin's negative, divided so that a rescaled network has the same loss.
+
+    .. math:: -\frac{z_y - \max_{k \ne y} z_k}{z_{\pi_1} - z_{\pi_3} + 10^{-12}}
+
+    with :math:`z_{\pi_1} \ge z_{\pi_2} \ge \dots`. Two classes have no third logit: the plain negative margin is used.
+
+    Shapes:
+        logits: (B, K); y: (B,). Returns (B,).
+    Source: Croce and Hein, ICML 2020, arXiv:2003.01690, eq. (6).
+    Differs from the reference: two classes are allowed.
+
+    Example:
+        >>> round(dlr(torch.tensor([[5.0, 3.0, 1.0]]), torch.tensor([0])).item(), 6)
+        -0.5
+    """
+    if logits.shape[1] < 3:
+        return -margin(logits, y)
+    first = logits.topk(3, dim=1).values
+    return -margin(logits, y) / (first[:, 0] - first[:, 2] + 1e-12)
+
+
+def logit_difference(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """The logit of the target minus that of y: positive where the target wins over y.
+
+    Shapes:
+        logits: (B, K); y, target: (B,). Returns (B,).
+    """
+    return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
+
+
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    r"""Difference of logits ratio towards a target class.
+
+    .. math:: -\frac{z_y - z_t}{z_{\pi_1} - \tfrac12 (z_{\pi_3} + z_{\pi_4}) + 10^{-12}}
+
+    Three classes have no fourth logit: the denominator is :math:`z_{\pi_1} - z_{\pi_3}`. Two have neither: the plain
+    difference is used.
+
+    Shapes:
+        logits: (B, K); y, target: (B,). Returns (B,).
+    Source: Croce and Hein, ICML 2020, arXiv:2003.01690, eq. (7).
+    Differs from the reference: two and three classes are allowed.
+
+    Example:
+        >>> round(targeted_dlr(torch.tensor([[5.0, 3.0, 2.0, 0.0]]), torch.tensor([0]), torch.tensor([1])).item(), 6)
+        -0.5
+    """
+    difference = logit_difference(logits, y, target)
+    if logits.shape[1] < 3:
+        return difference
+    first = logits.topk(min(4, logits.shape[1]), dim=1).values
+    return difference / (first[:, 0] - (first[:, 2] + first[:, -1]) / 2 + 1e-12)

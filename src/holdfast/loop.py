@@ -17,7 +17,7 @@ from holdfast.attacks.pgd import PGD
 from holdfast.catastrophic_overfitting import OvertakenAttack, response
 from holdfast.compilation import compile_in_place
 from holdfast.data.loader import Loader
-from holdfast.evaluation.accuracy import Evaluation, evaluate
+from holdfast.evaluation.accuracy import Evaluation, accuracies
 from holdfast.forward import Batch, View
 from holdfast.interruption import Interrupted, Interruption
 from holdfast.keyed_random import Key
@@ -312,7 +312,7 @@ class Loop:
     def evaluation(self, images: Any, steps: int, n: int | None) -> Evaluation:
         """Clean accuracy and PGD of the weights that are loaded for evaluation."""
         attack = PGD(steps=steps, early_stop=0) if steps else None
-        return evaluate(
+        return accuracies(
             self.evaluated,
             images,
             threat=self.recipe.threat,

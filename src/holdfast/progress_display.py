@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+NOTE_EVERY = 60  # seconds between two lines of a log about work that goes on
+
 
 class Display:
     """Tells nothing. What the loop calls; replace it to show progress elsewhere.
@@ -35,6 +37,9 @@ class Display:
     def advance(self, count: int) -> None:
         """So many more images of that work are done."""
 
+    def note(self, text: str, seconds_left: float | None) -> None:
+        """What is going on within that work, and how long it may still take."""
+
     def stop(self) -> None:
         """Nothing more will be shown."""
 
@@ -49,6 +54,7 @@ class LiveDisplay(Display):
         self.images_per_step = 0
         self.since = time.monotonic()
         self.steps = 0
+        self.noted = time.monotonic()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -93,6 +99,14 @@ class LiveDisplay(Display):
     def advance(self, count: int) -> None:
         if self.live is not None:
             self.live.update(self.task, advance=count)
+
+    def note(self, text: str, seconds_left: float | None) -> None:
+        left = "" if seconds_left is None else f", about {duration(seconds_left)} left"
+        if self.live is not None:
+            self.live.update(self.task, description=text + left)
+        elif time.monotonic() - self.noted > NOTE_EVERY:
+            self.noted = time.monotonic()
+            self.say(f"{text}{left}")
 
     def stop(self) -> None:
         if self.live is not None:

@@ -2,163 +2,216 @@
 
 from __future__ import annotations
 
-import math
+import re
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.arguments import Parser, positive, print_json
 from holdfast.errors import HoldfastError
+
+if TYPE_CHECKING:
+    from holdfast.cli.subject import Subject
+    from holdfast.evaluation.protocols import Protocol
+    from holdfast.evaluation.robustness import Result
+    from holdfast.threat import ThreatModel
 
 
 def parser() -> Parser:
     """The options of `holdfast evaluate`."""
     known = Parser(
         prog="holdfast evaluate",
-        description="Attack a trained model in float32 and say how well it holds.\n"
-        "An image counts as broken as soon as any point the attack visits is misclassified.",
+        description="Attack a trained model and say how well it holds, with a ledger that a reviewer can recount.\n"
+        "A success counts only where the float32 model misclassifies the very image, inside the ball.\n"
+        "Stopped or killed, the same command goes on where it was.",
     )
-    known.add_argument("run", metavar="RUN", help="a run folder or a model folder")
-    known.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which weights (best)")
-    known.add_argument("--attack", default="pgd", metavar="NAME", help="pgd or fgsm (pgd)")
-    known.add_argument("--steps", type=positive, default=50, metavar="N", help="PGD steps (50)")
-    known.add_argument("--restarts", type=positive, default=1, metavar="N", help="PGD restarts (1)")
-    known.add_argument("--step-size", metavar="A", help="step in pixel scale (a quarter of epsilon)")
-    known.add_argument("--epsilon", metavar="E", help="radius (the one it was trained for)")
-    known.add_argument("--norm", metavar="NORM", help="Linf or L2 (the one it was trained for)")
+    known.add_argument("run", metavar="RUN_OR_MODEL", help="a run folder, a model folder, or file.py:function")
+    known.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which weights of a run (best)")
+    known.add_argument("--weights", metavar="FILE", help="weights for file.py:function (.safetensors, .pt, .pth)")
     known.add_argument("--data", metavar="SOURCE", help="other images than the run's test set")
     known.add_argument("--image-size", type=positive, metavar="N", help="resize images of a folder or Parquet to NxN")
     known.add_argument("--n", type=positive, metavar="N", help="only so many images, by a fixed draw (all)")
-    known.add_argument("--batch-size", type=positive, default=250, metavar="N", help="images at a time (250)")
-    known.add_argument("--seed", type=int, default=0, metavar="N", help="of the random starts (0)")
+    known.add_argument(
+        "--attack",
+        metavar="NAME",
+        help="autoattack, autoattack-plus, autoattack-rand, quick, or single attacks with commas:"
+        " `holdfast list attacks` (autoattack; pgd where --steps, --restarts or --step-size is given)",
+    )
+    known.add_argument("--epsilon", metavar="E", help="radius, or several with commas for a curve (as it was trained)")
+    known.add_argument("--norm", metavar="NORM", help="Linf, L2 or L1 (the one it was trained for)")
+    known.add_argument("--steps", type=positive, metavar="N", help="steps of single attacks (50 for pgd)")
+    known.add_argument("--restarts", type=positive, metavar="N", help="restarts of single attacks (1)")
+    known.add_argument("--step-size", metavar="A", help="step of pgd, mim, cw in pixel scale (a quarter of epsilon)")
+    known.add_argument("--source", metavar="RUN", help="the other run, for --attack transfer")
+    known.add_argument("--distances", action="store_true", help="distances to the nearest example (fab, fab-t, cw)")
+    known.add_argument("--seed", type=int, default=0, metavar="N", help="of all random draws (0)")
+    known.add_argument("--save-examples", action="store_true", help="keep the images for `holdfast verify`")
+    known.add_argument("--strict", action="store_true", help="exit with 1 if any flag is raised")
+    known.add_argument("--batch-size", type=positive, default=250, metavar="N", help="rows run together (250)")
+    known.add_argument("--unit", type=positive, default=250, metavar="N", help="images that a kill can cost (250)")
+    known.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the search; verdicts are in float32"
+    )
+    known.add_argument("--compile", action="store_true", help="compile the searching network")
     known.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda (auto)")
-    known.add_argument("--out", metavar="DIR", help="where the result is written (RUN/evaluations)")
-    known.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    known.add_argument("--out", metavar="DIR", help="the evaluation's folder (RUN/evaluations/NAME)")
+    known.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     return known
 
 
 def run(argv: Sequence[str]) -> int:
-    """Evaluate, write the result, print it."""
+    """Evaluate, write the ledger and the summary, print it."""
     asked = parser().read(argv)
-    from holdfast.errors import unknown_name
-    from holdfast.threat import parse_epsilon
+    from holdfast import distributed
 
-    if asked.attack.lower() not in ("pgd", "fgsm"):
-        raise unknown_name("attack", asked.attack, ("pgd", "fgsm"))
-    if asked.attack.lower() == "fgsm" and asked.restarts > 1:
-        raise HoldfastError("fgsm starts at the image and has no restarts: leave --restarts out, or use --attack pgd")
-    if asked.step_size is not None and parse_epsilon(asked.step_size) == 0:
-        raise HoldfastError("--step-size 0 attacks nothing: leave it out for a quarter of epsilon")
-    if asked.epsilon is not None:
-        parse_epsilon(asked.epsilon)
-    found = measure(asked)
-    folder = Path(asked.out) if asked.out else Path(asked.run) / "evaluations"
-    from holdfast.runs.files import write_json
-
-    path = folder / f"{file_name(found)}.json"
-    write_json(path, found)
-    if asked.json:
-        print_json(found)
-    else:
-        from holdfast.evaluation.accuracy import in_words
-
-        print(f"{asked.checkpoint} weights of {asked.run} on {found['data']}: {in_words(found)}")
-        print(f"written to {path}")
+    started = distributed.start_from_environment()
+    first = distributed.rank() == 0
+    try:
+        found = measure(asked)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; finished units are kept: give the same command again to go on") from None
+    finally:
+        if started:
+            distributed.stop()
+    if first:
+        tell(asked, found)
+    flagged = [flag.name for result in found for flag in result.flags]
+    if asked.strict and flagged:
+        print(f"holdfast: --strict, and flags were raised: {', '.join(sorted(set(flagged)))}", file=sys.stderr)
+        return 1
     return 0
 
 
-def measure(asked: Namespace) -> dict[str, Any]:
-    """The evaluation that the options ask for."""
-    from holdfast import __version__
-    from holdfast.attacks.fgsm import FGSM
-    from holdfast.attacks.pgd import PGD
-    from holdfast.evaluation.accuracy import evaluate
-    from holdfast.progress_display import LiveDisplay
-    from holdfast.runs.export import load_model, model_folder, read_description
+def tell(asked: Namespace, found: Sequence[Result]) -> None:
+    """Print the summary, or the curve."""
+    from holdfast.evaluation import results
+
+    if len(found) > 1:
+        curve = results.curve([result.summary for result in found])
+        if asked.json:
+            print_json({**curve, "evaluations": [dict(result.summary) for result in found]})
+            return
+        for result in found:
+            print(results.in_words(result.summary))
+        print(f"written to {found[0].path.parent if found[0].path else 'memory'}")
+        return
+    result = found[0]
+    if asked.json:
+        extra = {"distances": results.distances(result.rows)} if asked.distances else {}
+        print_json({**result.summary, **extra, "folder": str(result.path)})
+        return
+    print(result.log)
+    if asked.distances:
+        spread = results.distances(result.rows)
+        print(", ".join(f"{name} {value:.4g}" for name, value in spread.items() if isinstance(value, float)))
+    print(f"written to {result.path}")
+
+
+def measure(asked: Namespace) -> list[Result]:
+    """The evaluations that the options ask for, one for each epsilon."""
+    from holdfast import distributed
+    from holdfast.cli.subject import load_subject
+    from holdfast.evaluation.inputs import as_inputs, chosen
+    from holdfast.evaluation.robustness import Plan
+    from holdfast.progress_display import Display, LiveDisplay
     from holdfast.runs.memory import keep_freed_memory
     from holdfast.setup import choose_device
-    from holdfast.threat import build_threat
 
+    radii = check_options(asked)
     keep_freed_memory()
-    description = read_description(model_folder(Path(asked.run), asked.checkpoint))
-    network = load_model(asked.run, checkpoint=asked.checkpoint)
-    data = load_test_data(asked, description)
-    trained = description["threat"]
-    epsilon = asked.epsilon
-    if epsilon is None:
-        if asked.norm and asked.norm.lower() != trained["norm"].lower():
-            raise HoldfastError(f"--norm {asked.norm} is not the norm it was trained for: give its --epsilon too")
-        epsilon = f"{trained['epsilon']:.17f}/1"
-    threat = build_threat(asked.norm or trained["norm"], epsilon)
-    attack: PGD | FGSM = FGSM(step_size=asked.step_size)
-    if asked.attack.lower() == "pgd":
-        attack = PGD(steps=asked.steps, restarts=asked.restarts, step_size=asked.step_size, early_stop=0)
+    subject = load_subject(
+        asked.run, checkpoint=asked.checkpoint, weights=asked.weights, data=asked.data, image_size=asked.image_size
+    )
     device = choose_device(asked.device)
-    display = LiveDisplay()
-    display.work(f"evaluating {asked.checkpoint}", min(asked.n or len(data.test), len(data.test)))
-    try:
-        found = evaluate(
-            network.to(device),
-            data.test.to(device),
-            threat=threat,
-            attack=attack,
-            n=asked.n,
-            batch_size=asked.batch_size,
-            seed=asked.seed,
-            tick=display.advance,
+    model = subject.model.to(device)
+    inputs = chosen(as_inputs(model, subject.data.test), asked.n)
+    inputs = inputs.called(subject.name, subject.data.name, subject.data.classes)
+    threats = [subject.threat(asked.norm, radius) for radius in radii]
+    found: list[Result] = []
+    for threat in sorted(threats, key=lambda each: each.epsilon):
+        found.append(
+            Plan(
+                model=model,
+                inputs=inputs,
+                threat=threat,
+                protocol=wanted(asked, threat),
+                seed=asked.seed,
+                unit=asked.unit,
+                speed=speed(asked, device),
+                path=folder(asked, subject, threat, len(inputs.y), many=len(radii) > 1),
+                save_examples=asked.save_examples or len(radii) > 1,
+                carried=found[-1] if found else None,
+                display=LiveDisplay() if distributed.rank() == 0 else Display(),
+            ).run()
         )
-    finally:
-        display.stop()
-    return {
-        **found.as_dict(),
-        "data": data.name,
-        "threat": threat.norm,
-        "epsilon": threat.epsilon,
-        "steps": 1 if asked.attack.lower() == "fgsm" else asked.steps,
-        "restarts": asked.restarts,
-        "step_size": attack.step_size
-        if attack.step_size is not None
-        else threat.epsilon / (4 if isinstance(attack, PGD) else 1),
-        "seed": asked.seed,
-        "recipe": description["recipe"],
-        "checkpoint": asked.checkpoint,
-        "epoch": description.get("epoch"),
-        "version": __version__,
-    }
+    return found
 
 
-def load_test_data(asked: Namespace, description: dict[str, Any]) -> Any:
-    """The images to evaluate on, refused where the model was made for others."""
-    from holdfast.data.sources import load
-    from holdfast.runs.folder import CONFIG, read_config
+def check_options(asked: Namespace) -> list[str | None]:
+    """Refuse at once what cannot be; returns the radii, None for the one that it was trained for."""
+    from holdfast.threat import parse_epsilon
 
-    source, image_size = asked.data, asked.image_size
-    if source is None:
-        if not (Path(asked.run) / CONFIG).is_file():
-            raise HoldfastError(f"{asked.run} names no data: give --data SOURCE")
-        config = read_config(Path(asked.run) / CONFIG)
-        source, image_size = config["data"], image_size or config["training"].get("image_size")
-    data = load(source, image_size=image_size)
-    wanted, classes = description["input"], description["classes"]
-    shape = [wanted["channels"], wanted["height"], wanted["width"]]
-    if [data.channels, *data.image_size] != shape or data.num_classes != len(classes):
-        raise HoldfastError(
-            f"{data.name} holds {data.num_classes} classes of shape {[data.channels, *data.image_size]}, the model was"
-            f" trained on {len(classes)} of {shape}: give the --data it was made for, or --image-size"
-        )
-    if list(data.classes) != list(classes):
-        raise HoldfastError(
-            f"{data.name} has the classes {', '.join(data.classes)}, the model was trained on {', '.join(classes)}:"
-            " give data with the same classes in the same order"
-        )
-    return data
+    if asked.attack is None:
+        single = any(value is not None for value in (asked.steps, asked.restarts, asked.step_size))
+        asked.attack = "pgd" if single else ("fab-t" if asked.distances else "autoattack")
+    if asked.attack.lower() == "fgsm" and (asked.restarts or 1) > 1:
+        raise HoldfastError("fgsm starts at the image and has no restarts: leave --restarts out, or use --attack pgd")
+    if asked.step_size is not None and parse_epsilon(asked.step_size) == 0:
+        raise HoldfastError("--step-size 0 attacks nothing: leave it out for a quarter of epsilon")
+    from holdfast.evaluation.protocols import known_words
+
+    known_words(asked.attack)
+    if asked.epsilon is None:
+        return [None]
+    radii = [word.strip() for word in asked.epsilon.split(",") if word.strip()]
+    values = [parse_epsilon(word) for word in radii]
+    if not radii or len(set(values)) < len(values):
+        raise HoldfastError(f"--epsilon {asked.epsilon!r} names a radius twice or none: write 2/255,4/255,8/255")
+    if asked.distances and len(radii) > 1:
+        raise HoldfastError("--distances gives the whole curve from one run: name one --epsilon")
+    return list(radii)
 
 
-def file_name(found: dict[str, Any]) -> str:
-    """A name that tells evaluations of one run apart."""
-    scaled = found["epsilon"] * 255
-    epsilon = f"{round(scaled)}_255" if math.isclose(scaled, round(scaled), abs_tol=1e-9) else f"{found['epsilon']:g}"
-    words = [found["attack"].partition(",")[0].lower(), f"x{found['restarts']}", found["threat"].lower(), epsilon]
-    words += [f"step{found['step_size']:.4g}", f"seed{found['seed']}"]
-    return "-".join([*words, found["data"], found["checkpoint"], f"n{found['n']}"]).replace("/", "_")
+def wanted(asked: Namespace, threat: ThreatModel) -> Protocol:
+    """The attacks."""
+    from holdfast.evaluation.protocols import Options, named
+
+    source = None
+    if asked.source is not None:
+        from holdfast.runs.export import load_model
+
+        source = (load_model(asked.source), str(asked.source))
+    options = Options(steps=asked.steps, restarts=asked.restarts, step_size=asked.step_size, source=source)
+    return named(asked.attack, threat, options, distances=asked.distances)
+
+
+def speed(asked: Namespace, device: Any) -> Any:
+    """How the search may save time on this device."""
+    from holdfast.evaluation.networks import Speed
+    from holdfast.runs.environment import supports_bf16
+
+    precision = asked.precision
+    if precision == "auto":
+        precision = "bf16" if supports_bf16(device) else "fp32"
+    return Speed(precision=precision, compile=asked.compile, batch_size=asked.batch_size)
+
+
+def folder(asked: Namespace, subject: Subject, threat: ThreatModel, n: int, *, many: bool) -> Path:
+    """Where an evaluation lies; its name tells evaluations of one run apart."""
+    from holdfast.threat import readable
+
+    radius = f"{threat.norm}-{readable(threat.epsilon)}".lower().replace("/", "_")
+    if asked.out:
+        return Path(asked.out) / radius if many else Path(asked.out)
+    words = [asked.attack.replace(",", "+")]
+    words += [f"{name}{value}" for name, value in (("", asked.steps), ("x", asked.restarts)) if value]
+    words += [f"step{asked.step_size}"] if asked.step_size else []
+    words += ["distances"] if asked.distances else []
+    words += [radius, subject.data.name, f"n{n}", f"seed{asked.seed}"]
+    words += [asked.checkpoint] if subject.description else []
+    name = re.sub(r"[^\w.+-]", "_", "-".join(words).lower())
+    if subject.description:
+        return Path(asked.run) / "evaluations" / name
+    return Path("evaluations") / f"{Path(asked.run.partition(':')[0]).stem}-{name}"

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from holdfast.cli.arguments import Parser, print_json
 from holdfast.cli.table import ATTACKS, LISTS, RECIPES
 from holdfast.data.table import SOURCES
+from holdfast.evaluation.table import PROTOCOLS, SINGLE
 from holdfast.models.table import MODELS
 
-TABLES: dict[str, dict[str, str]] = {"models": MODELS, "attacks": ATTACKS, "data": SOURCES}
+TABLES: dict[str, dict[str, str]] = {"models": MODELS, "data": SOURCES}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -20,6 +21,8 @@ def run(argv: Sequence[str]) -> int:
     asked = parser.read(argv)
     if asked.what == "recipes":
         return list_recipes(as_json=asked.json)
+    if asked.what == "attacks":
+        return list_attacks(as_json=asked.json)
     table = TABLES[asked.what]
     if asked.json:
         print_json(table)
@@ -27,6 +30,23 @@ def run(argv: Sequence[str]) -> int:
     width = max(map(len, table))
     for name, what in table.items():
         print(f"{name:<{width}}  {what}")
+    return 0
+
+
+def list_attacks(*, as_json: bool) -> int:
+    """What `holdfast evaluate --attack` takes, and what recipes are made of."""
+    groups = {"evaluation": {**PROTOCOLS, **SINGLE}, "training": ATTACKS}
+    if as_json:
+        print_json(groups)
+        return 0
+    width = max(len(name) for table in groups.values() for name in table)
+    for heading, table in (
+        ("holdfast evaluate --attack", groups["evaluation"]),
+        ("training (--attack.name, in recipes)", groups["training"]),
+    ):
+        print(f"{heading}:")
+        for name, what in table.items():
+            print(f"  {name:<{width}}  {what}")
     return 0
 
 

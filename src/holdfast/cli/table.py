@@ -10,7 +10,10 @@ from typing import NamedTuple
 COMMANDS: dict[str, str] = {
     "demo": "train three models on the built-in digits, attack them, and show what robustness is (two minutes)",
     "train": "train a robust classifier by a recipe, on your images or a known data set",
-    "evaluate": "attack a trained model and say how well it holds, with an interval",
+    "evaluate": "attack a trained model and say how well it holds: AutoAttack, with a ledger and flags",
+    "verify": "recount an evaluation's verdict from its saved images alone",
+    "compare": "compare two evaluated models on the same images, with an interval and McNemar's test",
+    "export": "write an AutoAttack-standard evaluation as an entry of a leaderboard",
     "list": "list recipes, models, attacks or data sources",
     "doctor": "check the environment and time one training step here",
 }

@@ -123,7 +123,7 @@ def choose(images: Images, n: int | None, seed: int = 0) -> Tensor:
     return permutation(Key(seed).fold("evaluated images"), len(images), images.pixels.device)[:n].sort().values
 
 
-def evaluate(
+def accuracies(
     model: nn.Module,
     images: Images,
     *,

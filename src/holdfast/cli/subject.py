@@ -1,0 +1,146 @@
+"""What `evaluate` and `verify` look at: a network by its run, its folder or its own file, and the images for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from holdfast.data.images import Dataset
+from holdfast.data.sources import load
+from holdfast.errors import HoldfastError
+from holdfast.models.factory import build
+from holdfast.runs.export import load_model, load_weights, model_folder, read_description, read_weights
+from holdfast.runs.folder import CONFIG, read_config
+from holdfast.threat import ThreatModel, build_threat
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, its images, and what is known of how it was trained.
+
+    Attributes:
+        model: Pixels in [0, 1] to logits.
+        data: Whose test split is looked at.
+        description: What config.json of its model folder says; empty for a network from a file.
+        name: As a person calls it.
+    """
+
+    model: nn.Module
+    data: Dataset
+    description: dict[str, Any]
+    name: str
+
+    def threat(self, norm: str | None, epsilon: str | None) -> ThreatModel:
+        """The ball that was asked for, else the one it was trained for, else the customary one of the data.
+
+        Raises:
+            HoldfastError: no radius is known.
+        """
+        trained = self.description.get("threat")
+        if epsilon is None and trained is not None:
+            if norm and norm.lower() != trained["norm"].lower():
+                raise HoldfastError(f"--norm {norm} is not the norm it was trained for: give its --epsilon too")
+            epsilon = f"{trained['epsilon']:.17f}/1"
+        if epsilon is None:
+            usual = self.data.suggested_epsilon
+            if usual is None or (norm or "Linf").lower() != "linf":
+                raise HoldfastError("no radius is known for this network and norm: give --epsilon, for example 8/255")
+            epsilon = f"{usual:.17f}/1"
+        return build_threat(norm or (trained["norm"] if trained else "Linf"), epsilon)
+
+
+def load_subject(
+    source: str, *, checkpoint: str = "best", weights: str | None = None, data: str | None, image_size: int | None
+) -> Subject:
+    """The network and the images that a command names.
+
+    Args:
+        source: A run folder, a model folder, or ``path/to/file.py:function``.
+        checkpoint: Of a run folder: best or last.
+        weights: A .safetensors, .pt or .pth file with the state of the network that a function makes.
+        data: In place of the run's own.
+        image_size: To resize a folder's or Parquet's images to.
+
+    Raises:
+        HoldfastError: any of it is missing, damaged or does not fit.
+    """
+    if ".py" in source:
+        return _from_file(source, weights, data, image_size)
+    if weights is not None:
+        raise HoldfastError(f"--weights goes with file.py:function, and {source} has its own: leave it out")
+    description = read_description(model_folder(Path(source), checkpoint))
+    model = load_model(source, checkpoint=checkpoint)
+    if data is None:
+        if not (Path(source) / CONFIG).is_file():
+            raise HoldfastError(f"{source} names no data: give --data SOURCE")
+        config = read_config(Path(source) / CONFIG)
+        data, image_size = config["data"], image_size or config["training"].get("image_size")
+    found = load(str(data), image_size=image_size)
+    require_fit(found, description)
+    return Subject(model, found, description, f"{source} ({checkpoint})")
+
+
+def _from_file(source: str, weights: str | None, data: str | None, image_size: int | None) -> Subject:
+    """A network that a function of the user's own makes."""
+    if data is None:
+        raise HoldfastError(f"{source} names no data: give --data SOURCE")
+    found = load(data, image_size=image_size)
+    model = build(source, num_classes=found.num_classes, channels=found.channels, image_size=found.image_size)
+    if weights is not None:
+        load_weights(model, read_state(Path(weights)), Path(weights))
+    return Subject(model, found, {}, source)
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """The state of a network from a .safetensors file or from what `torch.save` wrote, without executing anything.
+
+    A state inside a checkpoint is found under "state_dict" or "model"; names that `DataParallel` or `torch.compile`
+    prefixed lose the prefix.
+
+    Raises:
+        HoldfastError: missing, damaged, or no state.
+    """
+    if file.suffix == ".safetensors":
+        return dict(read_weights(file))
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise HoldfastError(f"{file} is missing: give a .safetensors, .pt or .pth file") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise HoldfastError(f"{file} holds no weights ({type(error).__name__}): save model.state_dict()") from None
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise HoldfastError(f"{file} holds no state of a network: save model.state_dict()")
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def require_fit(data: Dataset, description: dict[str, Any]) -> None:
+    """Refuse data that a network was not made for.
+
+    Raises:
+        HoldfastError: shapes or classes differ.
+    """
+    wanted, classes = description["input"], description["classes"]
+    shape = [wanted["channels"], wanted["height"], wanted["width"]]
+    if [data.channels, *data.image_size] != shape or data.num_classes != len(classes):
+        raise HoldfastError(
+            f"{data.name} holds {data.num_classes} classes of shape {[data.channels, *data.image_size]}, the model was"
+            f" trained on {len(classes)} of {shape}: give the --data it was made for, or --image-size"
+        )
+    if list(data.classes) != list(classes):
+        raise HoldfastError(
+            f"{data.name} has the classes {', '.join(data.classes)}, the model was trained on {', '.join(classes)}:"
+            " give data with the same classes in the same order"
+        )

@@ -1,0 +1,162 @@
+"""The ledger of an evaluation: what was found out about each image, written unit by unit and never half."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from holdfast.errors import HoldfastError
+from holdfast.runs.files import read_json, write_json, write_text, write_whole
+
+PROTOCOL, LEDGER, UNITS, EXAMPLES = "protocol.json", "ledger.jsonl", "units", "examples"
+NAMES = ("model_name", "data_name")
+"""What a protocol says for people only: it may change from one call to the next."""
+
+
+class Ledger:
+    """A folder with one file for each finished unit; together they are the ledger.
+
+    A unit's file is written beside its place and renamed, so that a kill at any moment leaves it whole or absent.
+    Without a path everything is kept in memory.
+
+    Args:
+        path: The folder; made if missing.
+        protocol: What is evaluated, and how. A folder that holds another evaluation is refused.
+
+    Raises:
+        HoldfastError: the folder holds something else.
+    """
+
+    def __init__(self, path: Path | None, protocol: Mapping[str, Any]) -> None:
+        self.path = path
+        self.protocol = dict(protocol)
+        self.kept: dict[int, tuple[list[dict[str, Any]], dict[str, Tensor] | None]] = {}
+        self._lock: IO[str] | None = None
+
+    def open(self, *, writes: bool) -> None:
+        """Look at the folder, and make it. Every process looks; one writes."""
+        if self.path is None:
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise HoldfastError(f"{self.path} is a file: choose another --out")
+        file = self.path / PROTOCOL
+        if file.is_file():
+            different = difference(read_json(file), self.protocol)
+            if different:
+                raise HoldfastError(
+                    f"{self.path} holds an evaluation with another {different}: choose another --out, or delete it"
+                )
+        elif self.path.is_dir() and any(each.suffix not in (".part", ".lock") for each in self.path.iterdir()):
+            raise HoldfastError(f"{self.path} is not empty and holds no evaluation: choose another --out")
+        if writes:
+            self._lock_folder()
+            if not file.is_file():
+                write_json(file, self.protocol)
+
+    def _lock_folder(self) -> None:
+        """Refuse a second evaluation in the same folder at the same time. The lock goes with the process."""
+        assert self.path is not None  # only called with one
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise HoldfastError(
+                f"another evaluation is writing to {self.path}: wait for it or choose another --out"
+            ) from None
+
+    def close(self) -> None:
+        """Let others write."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _unit_file(self, number: int) -> Path:
+        assert self.path is not None  # only called with one
+        return self.path / UNITS / f"{number:06d}.jsonl"
+
+    def examples_file(self, number: int) -> Path:
+        """Where a unit's examples lie."""
+        assert self.path is not None  # only called with one
+        return self.path / EXAMPLES / f"{number:06d}.safetensors"
+
+    def has(self, number: int, *, examples: bool) -> bool:
+        """Whether a unit is finished, with its examples if they are wanted."""
+        if self.path is None:
+            return number in self.kept
+        return self._unit_file(number).is_file() and (not examples or self.examples_file(number).is_file())
+
+    def write(self, number: int, rows: Sequence[Mapping[str, Any]], examples: Mapping[str, Tensor] | None) -> None:
+        """A unit is finished."""
+        if self.path is None:
+            self.kept[number] = ([dict(row) for row in rows], None if examples is None else dict(examples))
+            return
+        if examples is not None:
+            data = save({name: tensor.detach().cpu().contiguous() for name, tensor in examples.items()})
+            write_whole(self.examples_file(number), lambda file: file.write(data))
+        write_text(self._unit_file(number), "".join(json.dumps(row) + "\n" for row in rows))
+
+    def rows_of(self, number: int) -> list[dict[str, Any]]:
+        """A finished unit's rows."""
+        if self.path is None:
+            return self.kept[number][0]
+        return read_rows(self._unit_file(number))
+
+    def examples_of(self, number: int) -> dict[str, Tensor] | None:
+        """A finished unit's examples, if they were kept."""
+        if self.path is None:
+            return self.kept[number][1]
+        return load_file(self.examples_file(number)) if self.examples_file(number).is_file() else None
+
+    def merged(self, units: int) -> list[dict[str, Any]]:
+        """All rows in order; with a folder, as one file from now on."""
+        if self.finished and self.path is not None:
+            return read_rows(self.path / LEDGER)
+        rows = [row for number in range(units) for row in self.rows_of(number)]
+        if self.path is not None:
+            write_text(self.path / LEDGER, "".join(json.dumps(row) + "\n" for row in rows))
+            shutil.rmtree(self.path / UNITS)
+        return rows
+
+    @property
+    def finished(self) -> bool:
+        """Whether all units are done and merged."""
+        return self.path is not None and (self.path / LEDGER).is_file()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ledger, or of one of its units.
+
+    Raises:
+        HoldfastError: missing or damaged.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line]
+    except FileNotFoundError:
+        raise HoldfastError(f"{path} is missing: finish the evaluation with the command that began it") from None
+    except ValueError:
+        raise HoldfastError(f"{path} is damaged: delete it and run the same command again") from None
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first thing in which two protocols differ, with both values; None if they are about the same.
+
+    Example:
+        >>> difference({"epsilon": 0.1, "seed": 0}, {"epsilon": 0.2, "seed": 0})
+        'epsilon (0.1 there, 0.2 asked for)'
+    """
+    now = json.loads(json.dumps(now))
+    for name in (*before, *now):
+        if name not in NAMES and before.get(name) != now.get(name):
+            if name in ("model", "data"):
+                return {"model": "model (its weights differ)", "data": "data (its images differ)"}[name]
+            return f"{name} ({before.get(name)} there, {now.get(name)} asked for)"
+    return None

@@ -1,0 +1,178 @@
+"""The two networks of an evaluation: one that decides, and one that may be faster and only searches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.compilation import compile_in_place
+from holdfast.errors import HoldfastError
+from holdfast.evaluation.folding import folded
+from holdfast.forward import View
+
+PRECISIONS = ("fp32", "bf16")
+
+
+class Pass(NamedTuple):
+    """What one pass returned: logits (R, K), loss (R,), and the gradient or gradients where they were asked for."""
+
+    logits: Tensor
+    loss: Tensor
+    gradient: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How the search may save time; no setting changes what counts as a success.
+
+    Args:
+        precision: ``"bf16"`` searches in bfloat16 where a row is not near the decision boundary.
+        fold: Fold BatchNorm into the layers before it.
+        compile: Compile the searching network (seconds to a minute at the start).
+        batch_size: Rows that are run together.
+    """
+
+    precision: str = "fp32"
+    fold: bool = True
+    compile: bool = False
+    batch_size: int = 250
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise HoldfastError(f"precision {self.precision!r} is unknown: use {' or '.join(PRECISIONS)}")
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise HoldfastError(f"batch_size is {self.batch_size!r}: give a whole number of at least 1")
+
+
+class Deciding:
+    """The model itself, as it was given, in evaluation mode and without autocast: what decides.
+
+    Nothing of the model is changed: it runs as a `View`, which puts every flag back.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int) -> None:
+        self.view = View(model)
+        self.batch_size = batch_size
+        self.dtype = next((p.dtype for p in model.parameters()), torch.float32)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, batch_size: int | None = None) -> Tensor:
+        """Logits (R, K), in batches."""
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [self.view(part.to(self.dtype)).logits for part in x.split(batch_size or self.batch_size)]
+        return torch.cat(parts).to(x.dtype)
+
+
+class Searching:
+    """A frozen copy of the model for searching: folded, in low precision where allowed, and compiled if asked.
+
+    A model that cannot be copied is searched as it is, through a view.
+
+    Args:
+        model: Left alone.
+        x: A few images, on the device.
+        speed: What is allowed.
+        randomised: The model draws: it is not folded, because two runs could not be compared.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, speed: Speed, *, randomised: bool = False) -> None:
+        self.folded = 0
+        self.dtype = next((p.dtype for p in model.parameters()), torch.float32)
+        self.low = speed.precision == "bf16" and self.dtype == torch.float32
+        self.precise = self._copy(model, x, speed.fold and not randomised)
+        self.fast = self._fast(speed) if self.low else self.precise
+        self.padded = speed.compile
+        self.batch_size = speed.batch_size
+        if speed.compile and isinstance(self.precise, nn.Module):
+            for network in {id(each): each for each in (self.precise, self.fast)}.values():
+                compile_in_place(network)  # type: ignore[arg-type]  # both are modules where the first is
+
+    def _copy(self, model: nn.Module, x: Tensor, fold: bool) -> Callable[[Tensor], Tensor]:
+        """The network in full precision."""
+        try:
+            network, self.folded = folded(model, x.to(self.dtype)) if fold else (_plain_copy(model), 0)
+        except (TypeError, RuntimeError, NotImplementedError, AttributeError):  # it cannot be copied
+            view = View(model).detached()
+            return lambda images: view(images).logits
+        return network.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # of all parameters with four dimensions
+
+    def _fast(self, speed: Speed) -> Callable[[Tensor], Tensor]:
+        """The network with the weights of its large layers in bfloat16, to be run under autocast."""
+        if not isinstance(self.precise, nn.Module):
+            return self.precise
+        network = _plain_copy(self.precise)
+        shared = [id(p) for p in network.parameters()]
+        for module in network.modules():
+            if type(module) in (nn.Conv2d, nn.Linear) and all(shared.count(id(p)) == 1 for p in module.parameters()):
+                module.to(torch.bfloat16)
+        return network
+
+    def run(self, x: Tensor, loss: Callable[[Tensor], Tensor], want: str, *, fast: bool) -> Pass:
+        """One pass, and the gradient with respect to the pixels alone.
+
+        Args:
+            x: (R, C, H, W).
+            loss: Logits to (R,).
+            want: ``"logits"``, ``"gradient"`` or ``"gradients"``.
+            fast: In low precision, if there is one.
+        """
+        if self.padded:
+            return self._padded(x, loss, want, fast=fast)
+        low = fast and self.low
+        network = self.fast if low else self.precise
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=low):
+            if want == "logits":
+                with torch.no_grad():
+                    logits = self._logits(network, x)
+                    return Pass(logits, loss(logits), None)
+            with torch.enable_grad():
+                point = x.detach().requires_grad_(True)
+                logits = self._logits(network, point)
+                value = loss(logits)
+                if not logits.requires_grad:  # the graph is cut: no gradient is a gradient of zero, and is flagged
+                    shape = (len(x), logits.shape[1], *x.shape[1:]) if want == "gradients" else x.shape
+                    return Pass(logits, value, x.new_zeros(shape))
+                gradient = _gradient(logits, value, point, want)
+        return Pass(logits.detach(), value.detach(), gradient)
+
+    def _logits(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        logits = network(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            raise HoldfastError("the model must return logits (B, K): return one row of logits an image")
+        return logits.to(x.dtype)
+
+    def _padded(self, x: Tensor, loss: Callable[[Tensor], Tensor], want: str, *, fast: bool) -> Pass:
+        """Rows filled up to one of a few sizes, so that a compiled network meets few shapes."""
+        size = self.batch_size
+        while size // 2 >= max(len(x), 8):
+            size //= 2
+        rows = len(x)
+        padded = torch.cat([x, x[:1].expand(max(0, size - rows), *x.shape[1:])])
+        self.padded = False
+        try:
+            done = self.run(padded, lambda logits: torch.cat([loss(logits[:rows]), logits[rows:, 0]]), want, fast=fast)
+        finally:
+            self.padded = True
+        gradient = None if done.gradient is None else done.gradient[:rows]
+        return Pass(done.logits[:rows], done.loss[:rows], gradient)
+
+
+def _gradient(logits: Tensor, value: Tensor, point: Tensor, want: str) -> Tensor:
+    """Of the loss, or of every logit."""
+    if want == "gradient":
+        (gradient,) = torch.autograd.grad(value.sum(), point, allow_unused=True)
+        return torch.zeros_like(point) if gradient is None else gradient
+    count = logits.shape[1]
+    each = [torch.autograd.grad(logits[:, k].sum(), point, retain_graph=k < count - 1)[0] for k in range(count)]
+    return torch.stack(each, 1)
+
+
+def _plain_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode."""
+    import copy
+
+    return copy.deepcopy(model).eval()

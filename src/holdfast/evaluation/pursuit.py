@@ -1,0 +1,359 @@
+"""Running one attack on the images of a unit: full batches, every success verified, nothing run longer than needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.stepwise import (
+    Answer,
+    Rows,
+    State,
+    StepwiseAttack,
+    choose,
+    draw_identity,
+    join,
+    likely_targets,
+    take,
+)
+from holdfast.evaluation.networks import Deciding, Pass, Searching
+from holdfast.evaluation.unit import Unit
+from holdfast.functional import margin
+from holdfast.keyed_random import Key
+from holdfast.threat import ThreatModel
+
+Tell = Callable[[int, int, int], None]
+LOOK_EVERY = 10  # passes between two looks at claimed successes on an accelerator, where each costs a wait
+NEAR = 0.02  # of the largest logit: a margin that low precision may get wrong
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What counts, and when a row may stop.
+
+    Args:
+        threat: The ball.
+        key: Of all draws.
+        until_nearest: Minimum norm: a row goes on after a success, and a nearer example replaces a farther one.
+        at_end: Only the last misclassified point of a row is looked at, when the row has ended: what the reference does
+            with randomised models, where every further look is another lottery ticket.
+    """
+
+    threat: ThreatModel
+    key: Key
+    until_nearest: bool = False
+    at_end: bool = False
+
+
+@dataclass
+class Work:
+    """The rows that are being worked on."""
+
+    state: State
+    rows: Rows
+    job: Tensor  # the place in the list of jobs
+    image: Tensor  # the place in the unit
+    restart: Tensor
+    age: Tensor  # passes made, on the CPU: no wait is needed to know which rows end
+    precise: Tensor  # near the boundary: no low precision any more
+    claim: Tensor | None = None  # the best misclassified point since the last look
+    claimed: Tensor | None = None  # how good it is (lower is better); infinite: none
+
+    def take(self, index: Tensor) -> Work:
+        """Some of the rows."""
+        return Work(
+            state=take(self.state, index),
+            rows=self.rows.take(index),
+            job=self.job[index],
+            image=self.image[index],
+            restart=self.restart[index],
+            age=self.age[index.cpu()],
+            precise=self.precise[index],
+            claim=None if self.claim is None else self.claim[index],
+            claimed=None if self.claimed is None else self.claimed[index],
+        )
+
+    def join(self, other: Work) -> Work:
+        """These rows and then the others."""
+        claims = None if self.claim is None or other.claim is None else torch.cat([self.claim, other.claim])
+        claimed = None if self.claimed is None or other.claimed is None else torch.cat([self.claimed, other.claimed])
+        return Work(
+            state=join([self.state, other.state]),
+            rows=Rows(*(torch.cat(pair) for pair in zip(self.rows, other.rows, strict=True))),
+            job=torch.cat([self.job, other.job]),
+            image=torch.cat([self.image, other.image]),
+            restart=torch.cat([self.restart, other.restart]),
+            age=torch.cat([self.age, other.age]),
+            precise=torch.cat([self.precise, other.precise]),
+            claim=claims,
+            claimed=claimed,
+        )
+
+
+class Pursuit:
+    """One attack on one unit.
+
+    Jobs, one for each target, restart and image, are taken in the order of the reference: first target, all images,
+    then the next target. While fewer images than fit a batch are left, the next targets of the same images are run
+    beside the first. A job is dropped as soon as its image is broken.
+
+    Args:
+        attack: What to run.
+        unit: Its images; what is found is written into it.
+        deciding: Decides whether a claimed success is one.
+        searching: Makes the passes.
+        rules: What counts.
+        number: The attack's place in the evaluation.
+        batch_size: Rows that are run together.
+    """
+
+    def __init__(
+        self,
+        attack: StepwiseAttack,
+        unit: Unit,
+        deciding: Deciding,
+        searching: Searching,
+        rules: Rules,
+        *,
+        number: int,
+        batch_size: int,
+    ) -> None:
+        attack.require(rules.threat)
+        self.attack, self.unit, self.rules, self.number = attack, unit, rules, number
+        self.deciding, self.searching = deciding, searching
+        self.batch_size = batch_size
+        self.key = rules.key.fold("attack", attack.name)
+        self.length = attack.passes()[0] // attack.average
+        self.on_cpu = unit.x.device.type == "cpu"
+        self.keeps_claims = rules.at_end or not self.on_cpu
+        self._make_jobs()
+
+    def _make_jobs(self) -> None:
+        """Every image, target and restart to be run, in order."""
+        unit, attack = self.unit, self.attack
+        todo = (unit.correct if self.rules.until_nearest else unit.robust).nonzero()[:, 0]
+        targets = likely_targets(unit.clean_logits, unit.y, attack.targets) if attack.targets else None
+        ranks = targets.shape[1] if targets is not None else 1
+        jobs = [
+            torch.stack([todo, torch.full_like(todo, rank), torch.full_like(todo, restart)])
+            for rank in range(ranks)
+            for restart in range(attack.restarts)
+        ]
+        self.job_image, self.job_rank, self.job_restart = torch.cat(jobs, 1)
+        nothing = torch.full_like(self.job_image, -1)
+        self.job_target = nothing if targets is None else targets[self.job_image, self.job_rank]
+        self.next_job = 0
+
+    def run(self, tell: Tell | None = None) -> None:
+        """To the end.
+
+        Args:
+            tell: Told now and then how many passes were made since, how many jobs have not begun, and how many there
+                are.
+        """
+        self.unit.begin()
+        passes = 0
+        work: Work | None = None
+        since = 0
+        while True:
+            work = self._refilled(work)
+            if work is None:
+                return
+            since += 1
+            self._pass(work)
+            passes += len(work.job) * (2 if self.attack.asks != "logits" else 1)
+            if tell is not None and passes > 20 * len(work.job):
+                tell(passes, len(self.job_image) - self.next_job, len(self.job_image))
+                passes = 0
+            ending = int(work.age.max()) >= self.length
+            if self.keeps_claims and not ending and (self.rules.at_end or since < LOOK_EVERY):
+                continue
+            since = 0
+            work = self._looked(work)
+
+    def _refilled(self, work: Work | None) -> Work | None:
+        """The rows that go on, and new ones in the places that are free; None when nothing is left to do."""
+        free = self.batch_size - (0 if work is None else len(work.job))
+        if work is not None and free < max(1, self.batch_size // 8):
+            return work
+        parts = [] if work is None else [work]
+        while free > 0 and self.next_job < len(self.job_image):
+            chosen = torch.arange(self.next_job, min(self.next_job + free, len(self.job_image)))
+            self.next_job = int(chosen[-1]) + 1
+            chosen = chosen.to(self.job_image.device)
+            chosen = chosen[self._open(self.job_image[chosen])]
+            if len(chosen):
+                parts.append(self._started(chosen))
+                free -= len(chosen)
+        if not parts:
+            return None
+        while len(parts) > 1:
+            parts = [parts[0].join(parts[1]), *parts[2:]]
+        return parts[0]
+
+    def _open(self, image: Tensor) -> Tensor:
+        """Which images are still to be attacked."""
+        return torch.ones_like(image, dtype=torch.bool) if self.rules.until_nearest else self.unit.robust[image]
+
+    def _started(self, chosen: Tensor) -> Work:
+        """New rows for some jobs."""
+        unit, image, restart = self.unit, self.job_image[chosen], self.job_restart[chosen]
+        draw = draw_identity(unit.index[image], self.job_rank[chosen], restart)
+        rows = Rows(unit.x[image], unit.y[image], self.job_target[chosen], draw)
+        state = self.attack.start(rows, self.rules.threat, self.key)
+        age = torch.zeros(len(chosen), dtype=torch.int64)
+        worst = torch.full_like(restart, torch.inf, dtype=rows.x.dtype) if self.keeps_claims else None
+        never = torch.zeros_like(restart, dtype=torch.bool)
+        return Work(state, rows, chosen, image, restart, age, never, rows.x if self.keeps_claims else None, worst)
+
+    def _pass(self, work: Work) -> None:
+        """One pass of every row: count it, note what it claims, and let the attack go on."""
+        attack = self.attack
+        needs = attack.needs_gradient(work.age).to(work.job.device)
+        done = self._ask(work, needs)
+        average = attack.average
+        self.unit.forwards[self.number].index_add_(0, work.image, torch.full_like(work.image, average))
+        backward = needs * (done.logits.shape[1] if attack.asks == "gradients" else 1) * average
+        self.unit.backwards[self.number].index_add_(0, work.image, backward.to(work.image.dtype))
+        work.age += 1
+        self._claim(work, done.logits)
+        gradient = done.gradient
+        if gradient is None and attack.asks != "logits":
+            gradient = torch.zeros_like(work.rows.x)
+        answer = Answer(done.logits, done.loss, gradient)
+        work.state = attack.advance(work.state, work.rows, answer, self.rules.threat, self.key)
+
+    def _ask(self, work: Work, needs: Tensor) -> Pass:
+        """The network's answer, rows in groups by what they need and how precise they must be."""
+        fast = self.searching.low & ~work.precise if self.searching.low else torch.zeros_like(work.precise)
+        groups = [
+            (group.nonzero()[:, 0], want, low)
+            for want, needed in ((self.attack.asks, needs), ("logits", ~needs))
+            for low, speed in ((True, fast), (False, ~fast))
+            if bool((group := needed & speed).any())
+        ]
+        if len(groups) == 1:
+            _, want, low = groups[0]
+            return self._averaged(work.state["point"], work.rows, want, fast=low)
+        parts = [
+            (index, self._averaged(work.state["point"][index], work.rows.take(index), want, fast=low))
+            for index, want, low in groups
+        ]
+        return _merged(parts, len(work.job))
+
+    def _averaged(self, point: Tensor, rows: Rows, want: str, *, fast: bool) -> Pass:
+        """One pass, or the last of several with the mean of their gradients."""
+
+        def loss(logits: Tensor) -> Tensor:
+            return self.attack.loss(logits, rows)
+
+        done = self.searching.run(point, loss, want, fast=fast)
+        gradient = done.gradient
+        for _ in range(self.attack.average - 1):
+            done = self.searching.run(point, loss, want, fast=fast)
+            gradient = None if gradient is None or done.gradient is None else gradient + done.gradient
+        return done._replace(gradient=None if gradient is None else gradient / self.attack.average)
+
+    def _claim(self, work: Work, logits: Tensor) -> None:
+        """Note misclassified points that would count, and rows that have come near the boundary."""
+        threat, point = self.rules.threat, work.state["point"]
+        room = margin(logits, work.rows.y)
+        wrong = logits.argmax(1) != work.rows.y
+        worth = room
+        if self.attack.inside:
+            inside = torch.ones_like(wrong)
+        else:
+            worth = threat.length(point - work.rows.x)
+            inside = worth <= threat.epsilon + TOLERANCE
+        limit = self.unit.distance[work.image] if self.rules.until_nearest else None
+        good = wrong & (inside if limit is None else worth < limit)
+        if self.searching.low:
+            near = inside if self.attack.inside else worth <= 1.1 * threat.epsilon
+            work.precise |= near & (room.abs() < NEAR * logits.abs().amax(1))
+        if not self.rules.until_nearest:
+            self._note_margin(work.image, torch.where(inside, room, torch.inf))
+        if not self.keeps_claims:
+            work.claim, work.claimed = point, torch.where(good, worth, torch.inf)
+            return
+        assert work.claim is not None  # it is kept
+        assert work.claimed is not None  # with it
+        better = good if self.rules.at_end else good & (worth < work.claimed)
+        work.claim = choose(better, point, work.claim)
+        work.claimed = torch.where(better, worth, work.claimed)
+
+    def _note_margin(self, image: Tensor, room: Tensor) -> None:
+        """The least margin that the search saw, for images that nothing has broken."""
+        least = self.unit.margin.scatter_reduce(0, image, room.to(self.unit.margin.dtype), "amin")
+        self.unit.margin = torch.where(self.unit.robust, least, self.unit.margin)
+
+    def _looked(self, work: Work) -> Work | None:
+        """Verify what is claimed, and keep the rows that go on."""
+        assert work.claimed is not None  # made by _claim
+        ended = (work.age >= self.length).to(work.job.device)
+        claims = work.claimed.isfinite() & (ended if self.rules.at_end else True)
+        some = claims.nonzero()[:, 0]
+        if len(some):
+            work.precise[some] |= ~self._verified(work, some)
+        going = self._open(work.image) & ~ended
+        if not self.rules.at_end and self.keeps_claims:
+            work.claimed = torch.full_like(work.claimed, torch.inf)
+        if bool(going.all()):
+            return work
+        kept = going.nonzero()[:, 0]
+        return work.take(kept) if len(kept) else None
+
+    def _verified(self, work: Work, some: Tensor) -> Tensor:
+        """Let the deciding network judge some claims, and write the best of each image down. Returns which hold."""
+        assert work.claim is not None  # made by _claim
+        unit, threat = self.unit, self.rules.threat
+        point, image, y = work.claim[some], work.image[some], work.rows.y[some]
+        logits = self.deciding(point)
+        unit.verified.index_add_(0, image, torch.ones_like(image))
+        distance = threat.length(point - work.rows.x[some])
+        holds = logits.argmax(1) != y
+        if self.rules.until_nearest:
+            holds &= threat.with_epsilon(float("inf")).contains(point, work.rows.x[some])
+        else:
+            holds &= threat.contains(point, work.rows.x[some])
+        good = holds.nonzero()[:, 0]
+        if len(good):
+            worth = distance if self.rules.until_nearest else work.job[some].to(distance.dtype)
+            first = good[_first_of_each(image[good], worth[good], len(unit.y))]
+            where = image[first]
+            unit.robust[where] = False
+            unit.example[where] = point[first]
+            unit.distance[where] = distance[first]
+            unit.margin[where] = margin(logits, y)[first].to(unit.margin.dtype)
+            unit.prediction[where] = logits.argmax(1)[first]
+            unit.broken_by[where] = self.number
+            unit.target[where] = self.job_target[work.job[some][first]]
+            unit.restart[where] = work.restart[some][first]
+        return holds
+
+
+def _first_of_each(image: Tensor, worth: Tensor, count: int) -> Tensor:
+    """For every image among the rows, the place of its row of lowest worth; of equal ones, the first."""
+    best = torch.full((count,), torch.inf, device=worth.device, dtype=worth.dtype)
+    best = best.scatter_reduce(0, image, worth, "amin")
+    place = torch.arange(len(image), device=image.device)
+    far = torch.full((count,), len(image), device=image.device)
+    first = far.scatter_reduce(0, image, torch.where(worth == best[image], place, len(image)), "amin")
+    return first[first < len(image)]
+
+
+def _merged(parts: list[tuple[Tensor, Pass]], count: int) -> Pass:
+    """Answers to groups of rows, in the order of all rows; rows without gradient hold zeros."""
+    first = parts[0][1]
+    logits = first.logits.new_zeros(count, first.logits.shape[1])
+    loss = first.loss.new_zeros(count)
+    gradients = [done.gradient for _, done in parts if done.gradient is not None]
+    gradient = gradients[0].new_zeros(count, *gradients[0].shape[1:]) if gradients else None
+    for index, done in parts:
+        logits[index], loss[index] = done.logits, done.loss
+        if done.gradient is not None and gradient is not None:
+            gradient[index] = done.gradient
+    return Pass(logits, loss, gradient)
