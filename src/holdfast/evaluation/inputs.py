@@ -23,6 +23,7 @@ class Inputs:
         y: (N,) labels.
         index: (N,) positions in the data set.
         device: Where the network is.
+        whole: All images and labels, of which these may be some: what the data is known by.
         classes: Names, or None.
         model_name: For people.
         data_name: For people.
@@ -32,6 +33,7 @@ class Inputs:
     y: Tensor
     index: Tensor
     device: torch.device
+    whole: tuple[Tensor, Tensor]
     classes: tuple[str, ...] | None = None
     model_name: str = "model"
     data_name: str = "images"
@@ -70,7 +72,7 @@ def as_inputs(model: nn.Module, images: Any, labels: Tensor | None = None) -> In
     else:
         raise HoldfastError(f"images are a {type(images).__name__}: give a tensor, or a loader of images and labels")
     _check(x, y)
-    return Inputs(x=x, y=y, index=torch.arange(len(y)), device=device)
+    return Inputs(x=x, y=y, index=torch.arange(len(y)), device=device, whole=(x, y))
 
 
 def _collected(loader: Iterable[Any]) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ class Plan:
             "unit": self.unit,
             "precision": self.speed.precision,
             "model": fingerprint.of_model(self.model),
-            "data": fingerprint.of_images(inputs.x, inputs.y, inputs.index),
+            "data": fingerprint.of_images(*inputs.whole),
             "classes": list(inputs.names),
             "carried": self.carried.summary["epsilon"] if self.carried is not None else None,
             "model_name": inputs.model_name,

@@ -1,0 +1,295 @@
+"""Two evaluations of the same images side by side: paired differences and McNemar's test."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import HoldfastError
+from holdfast.evaluation.results import (
+    Row,
+    aligned,
+    bounds,
+    listed,
+    percent,
+    serious,
+    standing,
+    threat_in_words,
+)
+from holdfast.evaluation.statistics import difference_interval, mcnemar, wilson_interval
+from holdfast.runs.files import read_json
+
+PROTOCOL, LEDGER, FLAGS = "protocol.json", "ledger.jsonl", "flags.json"
+FORMAT = 1
+_NEEDED = ("attack", "attacks", "threat", "epsilon", "seed", "n", "model", "data", "data_name", "model_name", "classes")
+_KEYS = {"index", "label", "verdict", "attack"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished evaluation as it lies on the disk.
+
+    Attributes:
+        folder: Where.
+        protocol: What was run.
+        rows: The ledger, an image a row.
+        flags: What casts doubt on the number.
+    """
+
+    folder: Path
+    protocol: Mapping[str, Any]
+    rows: Sequence[Row]
+    flags: Sequence[Mapping[str, Any]]
+
+
+def read_protocol(folder: Path) -> dict[str, Any]:
+    """What an evaluation ran.
+
+    Raises:
+        HoldfastError: missing, damaged, or of another version.
+    """
+    path = folder / PROTOCOL
+    protocol = read_json(path)
+    if protocol.get("format") != FORMAT:
+        raise HoldfastError(
+            f"{path} has format {protocol.get('format')}, this version reads {FORMAT}: use holdfast"
+            f" {protocol.get('version', 'of that time')}, or evaluate anew"
+        )
+    lacking = [key for key in _NEEDED if key not in protocol]
+    if lacking:
+        raise HoldfastError(f"{path} is damaged, it lacks {', '.join(lacking)}: restore it or evaluate anew")
+    return protocol
+
+
+def read_finished(folder: Path) -> Finished:
+    """A whole evaluation.
+
+    Raises:
+        HoldfastError: it is not finished, or a file is damaged.
+    """
+    protocol = read_protocol(folder)
+    for name in (LEDGER, FLAGS):
+        if not (folder / name).is_file():
+            raise _incomplete(folder, f"{name} is missing")
+    rows = []
+    for number, line in enumerate((folder / LEDGER).read_bytes().splitlines(), 1):
+        rows.append(_row(line, f"line {number} of {folder / LEDGER}"))
+    if len(rows) < protocol["n"]:
+        raise _incomplete(folder, f"{len(rows)} of {protocol['n']} images are done")
+    if len(rows) > protocol["n"] or len({row["index"] for row in rows}) < len(rows):
+        raise HoldfastError(f"{folder / LEDGER} is damaged, it names an image twice or too many: evaluate anew")
+    flags = read_json(folder / FLAGS).get("flags")
+    if not isinstance(flags, list):
+        raise HoldfastError(f"{folder / FLAGS} is damaged, it holds no flags: restore it or evaluate anew")
+    return Finished(folder, protocol, sorted(rows, key=lambda row: row["index"]), flags)
+
+
+def _row(line: bytes, what: str) -> dict[str, Any]:
+    """A line of the ledger, or a refusal."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not value.keys() >= _KEYS:
+        raise HoldfastError(f"{what} is damaged: restore the file or evaluate anew")
+    return value
+
+
+def _incomplete(folder: Path, why: str) -> HoldfastError:
+    return HoldfastError(
+        f"{folder} is an unfinished evaluation, {why}: give the same `holdfast evaluate` command again, it goes on"
+        " where it stopped"
+    )
+
+
+def evaluations_of(path: Path) -> list[Path]:
+    """The evaluation folder itself, or those below a run's ``evaluations``.
+
+    Raises:
+        HoldfastError: there is none.
+    """
+    if (path / PROTOCOL).is_file():
+        return [path]
+    if not path.is_dir():
+        raise HoldfastError(f"{path} is no folder: give an evaluation's folder or a run's")
+    found = sorted(file.parent for file in (path / "evaluations").glob(f"*/{PROTOCOL}"))
+    if not found:
+        raise HoldfastError(f"{path} holds no evaluation: run `holdfast evaluate {path} --attack autoattack` first")
+    return found
+
+
+def in_brief(folder: Path, protocol: Mapping[str, Any]) -> str:
+    """A folder with what was run in it, for a list of choices."""
+    return f"{folder} ({protocol['attack']}, {threat_in_words(protocol)}, n = {protocol['n']})"
+
+
+def why_not(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    """Why two evaluations cannot be compared, in one line, or None."""
+    if first["data"] != second["data"]:
+        names = " and ".join(f"{each['data_name']} {each['data'][:8]}" for each in (first, second))
+        return f"the evaluations are of different images ({names}): evaluate both models with the same --data and --n"
+    advice = "evaluate both models under the same --attack, --norm and --epsilon"
+    for key in ("attack", "threat", "attacks"):
+        if first[key] != second[key]:
+            return f"the evaluations differ in {key}, {first[key]} and {second[key]}: {advice}"
+    for own, other in zip(first.get("settings", ()), second.get("settings", ()), strict=False):
+        if own != other:
+            return f"the evaluations differ in an attack's settings, {own} and {other}: {advice}"
+    if not math.isclose(first["epsilon"], second["epsilon"], rel_tol=1e-9):
+        threats = " and ".join(threat_in_words(each) for each in (first, second))
+        return f"the evaluations differ in epsilon, {threats}: {advice}"
+    return None
+
+
+def choose_pair(first: Path, second: Path) -> tuple[Path, Path]:
+    """The two evaluation folders that are meant, where a run's folder may stand for its only one that fits.
+
+    Raises:
+        HoldfastError: nothing is there, nothing fits, or more than one pair does; says what there is.
+    """
+    own, others = evaluations_of(first), evaluations_of(second)
+    if len(own) == len(others) == 1:
+        if own[0].resolve() == others[0].resolve():
+            raise HoldfastError(f"{own[0]} is given twice: give two evaluations")
+        return own[0], others[0]
+    protocols = {folder: read_protocol(folder) for folder in (*own, *others)}
+    pairs = [
+        (a, b)
+        for a in own
+        for b in others
+        if a.resolve() != b.resolve() and why_not(protocols[a], protocols[b]) is None
+    ]
+    if len(pairs) == 1:
+        return pairs[0]
+    shown = "; ".join(in_brief(folder, protocols[folder]) for folder in dict.fromkeys((*own, *others)))
+    if not pairs:
+        raise HoldfastError(f"no evaluation of {first} has a like in {second}: evaluate both alike; there are {shown}")
+    raise HoldfastError(f"{first} and {second} hold several evaluations that fit: name two of {shown}")
+
+
+def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
+    """Two accuracies on the same images, their difference and whether chance explains it."""
+    n = len(first)
+    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
+    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+    return {
+        "a": sum(first) / max(1, n),
+        "a_interval": list(wilson_interval(sum(first), n)),
+        "b": sum(second) / max(1, n),
+        "b_interval": list(wilson_interval(sum(second), n)),
+        "difference": (only_first - only_second) / max(1, n),
+        "interval": list(difference_interval(only_first, only_second, n)),
+        "only_a": only_first,
+        "only_b": only_second,
+        "p": mcnemar(only_first, only_second),
+    }
+
+
+def _common(first: Finished, second: Finished) -> list[tuple[Row, Row]]:
+    """Rows of the images that both evaluations looked at.
+
+    Raises:
+        HoldfastError: each looked at images that the other did not, or they disagree on a label.
+    """
+    own, others = ({row["index"]: row for row in each.rows} for each in (first, second))
+    both = sorted(own.keys() & others.keys())
+    if not both or len(both) < min(len(own), len(others)):
+        raise HoldfastError(
+            f"the evaluations looked at {len(own)} and {len(others)} images and share {len(both)}, but one must hold"
+            " the other's: evaluate both models with the same --n"
+        )
+    for index in both:
+        labels = own[index]["label"], others[index]["label"]
+        if labels[0] != labels[1]:
+            raise HoldfastError(
+                f"image {index} has label {labels[0]} in one ledger and {labels[1]} in the other: one of them is"
+                " damaged; evaluate anew"
+            )
+    return [(own[index], others[index]) for index in both]
+
+
+def _model(each: Finished) -> dict[str, Any]:
+    """What is said of one side."""
+    names = {key: each.protocol[key] for key in ("model_name", "model", "seed", "n")}
+    return {"folder": str(each.folder), **names, "serious_flags": serious(each.flags)}
+
+
+def compare(first: Finished, second: Finished) -> dict[str, Any]:
+    """Two evaluations of the same images under the same attack, ready for JSON.
+
+    Differences are a's accuracy minus b's, with Bonett and Price's 95 % interval and McNemar's exact p-value; after
+    each attack, after all (``robust``), and without one (``clean``).
+
+    Raises:
+        HoldfastError: data, attack, threat or epsilon differ, or the images do.
+    """
+    reason = why_not(first.protocol, second.protocol)
+    if reason is not None:
+        raise HoldfastError(reason)
+    rows = _common(first, second)
+    attacks = list(first.protocol["attacks"])
+    stages = [(standing(a, attacks), standing(b, attacks)) for a, b in rows]
+    after = [paired([a > k for a, _ in stages], [b > k for _, b in stages]) for k in range(len(attacks) + 1)]
+    same = first.protocol["model"] == second.protocol["model"]
+    differing = [
+        {"index": a["index"], "a": a["verdict"], "b": b["verdict"], "attack_a": a["attack"], "attack_b": b["attack"]}
+        for a, b in rows
+        if a["verdict"] != b["verdict"]
+    ]
+    return {
+        "n": len(rows),
+        "attack": f"{first.protocol['attack']}, {threat_in_words(first.protocol)}",
+        **{key: first.protocol[key] for key in ("threat", "epsilon", "data", "data_name")},
+        "a": _model(first),
+        "b": _model(second),
+        "clean": after[0],
+        "robust": after[-1],
+        "attacks": [{"attack": attack, **found} for attack, found in zip(attacks, after[1:], strict=True)],
+        "same_model": same,
+        "differing": differing if same else [],
+    }
+
+
+def in_words(found: Mapping[str, Any]) -> str:
+    """The comparison as text: what was compared, the table, and what may be said of it."""
+    n, a, b = found["n"], found["a"], found["b"]
+    lines = [
+        f"A  {a['model_name']}, seed {a['seed']}, n = {a['n']}",
+        f"B  {b['model_name']}, seed {b['seed']}, n = {b['n']}",
+        f"on the same {n} images of {found['data_name']} under {found['attack']}",
+        "",
+        _table(found),
+        "",
+        "A - B in points with Bonett and Price's 95 % interval; only A, only B: images that only one gets right;"
+        " p: McNemar's exact test",
+    ]
+    for name, side in (("A", a), ("B", b)):
+        if side["serious_flags"]:
+            lines.append(f"DO NOT QUOTE: {name} raises {', '.join(side['serious_flags'])}")
+    if found["same_model"]:
+        cause = "rounding" if a["seed"] == b["seed"] else "the seed and rounding"
+        changed = listed([row["index"] for row in found["differing"]])
+        lines.append(f"A and B are the same model; verdicts that {cause} changed: {changed}")
+    elif found["robust"]["p"] >= 0.05:
+        lines.append("These images do not tell the two robust accuracies apart (p >= 0.05).")
+    return "\n".join(lines)
+
+
+def _table(found: Mapping[str, Any]) -> str:
+    """One line a stage."""
+    n = found["n"]
+    digits = 2 if n >= 5000 else 1
+    lines = [
+        ["accuracy", "A", "95 % interval", "B", "95 % interval", "A - B", "95 % interval", "only A", "only B", "p"]
+    ]
+    after = [(f"after {each['attack']}", each) for each in found["attacks"]]
+    for name, each in (("clean", found["clean"]), *after, ("robust", found["robust"])):
+        sides = [word for side in "ab" for word in (percent(each[side], n), bounds(each[f"{side}_interval"], n))]
+        points, low, high = (f"{100 * share:+.{digits}f}" for share in (each["difference"], *each["interval"]))
+        shown = [points, f"[{low}, {high}]", str(each["only_a"]), str(each["only_b"])]
+        lines.append([name, *sides, *shown, f"{each['p']:.2g}"])
+    return aligned(lines)
