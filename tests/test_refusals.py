@@ -304,8 +304,10 @@ def test_a_full_disk_is_told_by_the_command(
 def test_evaluate_on_a_full_disk(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The result does not fit; nothing half written stays."""
     with largest_file(50):
-        assert "no space left to write pgd-2" in refused(capsys, "evaluate", damaged, "--steps", 2)
-    assert list((damaged / "evaluations").iterdir()) == []
+        assert "no space left to write protocol.json" in refused(capsys, "evaluate", damaged, "--steps", 2)
+    (folder,) = (damaged / "evaluations").iterdir()
+    assert [file.name for file in folder.iterdir()] == [".lock"]
+    assert command("evaluate", damaged, "--steps", 2) == 0
 
 
 def test_a_run_folder_that_exists(

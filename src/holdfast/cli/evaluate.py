@@ -127,7 +127,7 @@ def measure(asked: Namespace) -> list[Result]:
     device = choose_device(asked.device)
     model = subject.model.to(device)
     inputs = chosen(as_inputs(model, subject.data.test), asked.n)
-    inputs = inputs.called(subject.name, subject.data.name, subject.data.classes)
+    inputs = inputs.called(subject.name, subject.data.name, subject.data.classes, subject.about)
     threats = [subject.threat(asked.norm, radius) for radius in radii]
     found: list[Result] = []
     for threat in sorted(threats, key=lambda each: each.epsilon):
@@ -155,7 +155,7 @@ def check_options(asked: Namespace) -> list[str | None]:
 
     if asked.attack is None:
         single = any(value is not None for value in (asked.steps, asked.restarts, asked.step_size))
-        asked.attack = "pgd" if single else ("fab-t" if asked.distances else "autoattack")
+        asked.attack = "fab-t" if asked.distances else ("pgd" if single else "autoattack")
     if asked.attack.lower() == "fgsm" and (asked.restarts or 1) > 1:
         raise HoldfastError("fgsm starts at the image and has no restarts: leave --restarts out, or use --attack pgd")
     if asked.step_size is not None and parse_epsilon(asked.step_size) == 0:

@@ -26,12 +26,20 @@ class Subject:
         data: Whose test split is looked at.
         description: What config.json of its model folder says; empty for a network from a file.
         name: As a person calls it.
+        checkpoint: Of a run: best or last.
     """
 
     model: nn.Module
     data: Dataset
     description: dict[str, Any]
     name: str
+    checkpoint: str = ""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """How the network was trained, for the summary."""
+        known = {key: self.description[key] for key in ("recipe", "epoch") if key in self.description}
+        return {**known, "checkpoint": self.checkpoint} if known else {}
 
     def threat(self, norm: str | None, epsilon: str | None) -> ThreatModel:
         """The ball that was asked for, else the one it was trained for, else the customary one of the data.
@@ -80,7 +88,7 @@ def load_subject(
         data, image_size = config["data"], image_size or config["training"].get("image_size")
     found = load(str(data), image_size=image_size)
     require_fit(found, description)
-    return Subject(model, found, description, f"{source} ({checkpoint})")
+    return Subject(model, found, description, f"{source} ({checkpoint})", checkpoint)
 
 
 def _from_file(source: str, weights: str | None, data: str | None, image_size: int | None) -> Subject:

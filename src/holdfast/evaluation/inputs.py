@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Inputs:
         classes: Names, or None.
         model_name: For people.
         data_name: For people.
+        about: How the network was trained, where that is known; for people.
     """
 
     x: Tensor
@@ -37,15 +38,16 @@ class Inputs:
     classes: tuple[str, ...] | None = None
     model_name: str = "model"
     data_name: str = "images"
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The classes' names, or their numbers."""
         return self.classes or tuple(str(number) for number in range(int(self.y.max()) + 1))
 
-    def called(self, model: str, data: str, classes: tuple[str, ...]) -> Inputs:
+    def called(self, model: str, data: str, classes: tuple[str, ...], about: Mapping[str, Any] | None = None) -> Inputs:
         """The same images under the names by which people know them."""
-        return replace(self, model_name=model, data_name=data, classes=classes)
+        return replace(self, model_name=model, data_name=data, classes=classes, about=about or {})
 
     def part(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Some images as float32 in [0, 1], their labels and positions, on the device."""

@@ -16,7 +16,7 @@ from holdfast.errors import HoldfastError
 from holdfast.runs.files import read_json, write_json, write_text, write_whole
 
 PROTOCOL, LEDGER, UNITS, EXAMPLES = "protocol.json", "ledger.jsonl", "units", "examples"
-NAMES = ("model_name", "data_name")
+NAMES = ("model_name", "data_name", "about")
 """What a protocol says for people only: it may change from one call to the next."""
 
 
@@ -53,7 +53,7 @@ class Ledger:
                 raise HoldfastError(
                     f"{self.path} holds an evaluation with another {different}: choose another --out, or delete it"
                 )
-        elif self.path.is_dir() and any(each.suffix not in (".part", ".lock") for each in self.path.iterdir()):
+        elif self.path.is_dir() and any(not each.name.startswith(".") for each in self.path.iterdir()):
             raise HoldfastError(f"{self.path} is not empty and holds no evaluation: choose another --out")
         if writes:
             self._lock_folder()

@@ -129,14 +129,20 @@ class Searching:
                 with torch.no_grad():
                     logits = self._logits(network, x)
                     return Pass(logits, loss(logits), None)
-            with torch.enable_grad():
-                point = x.detach().requires_grad_(True)
-                logits = self._logits(network, point)
-                value = loss(logits)
-                if not logits.requires_grad:  # the graph is cut: no gradient is a gradient of zero, and is flagged
-                    shape = (len(x), logits.shape[1], *x.shape[1:]) if want == "gradients" else x.shape
-                    return Pass(logits, value, x.new_zeros(shape))
-                gradient = _gradient(logits, value, point, want)
+            try:
+                with torch.enable_grad():
+                    point = x.detach().requires_grad_(True)
+                    logits = self._logits(network, point)
+                    value = loss(logits)
+                    gradient = _gradient(logits, value, point, want)
+            except (RuntimeError, TypeError):
+                # The graph is cut, or the model cannot run on pixels that want a gradient (NumPy inside). If it runs at
+                # all, no gradient is a gradient of zero: attacks that need none go on, and a flag says so.
+                with torch.no_grad():
+                    logits = self._logits(network, x)
+                    value = loss(logits)
+                shape = (len(x), logits.shape[1], *x.shape[1:]) if want == "gradients" else x.shape
+                gradient = x.new_zeros(shape)
         return Pass(logits.detach(), value.detach(), gradient)
 
     def _logits(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -130,6 +130,8 @@ class Pursuit:
         self.length = attack.passes()[0] // attack.average
         self.on_cpu = unit.x.device.type == "cpu"
         self.keeps_claims = rules.at_end or not self.on_cpu
+        needed = attack.needs_gradient(torch.arange(self.length)).long()
+        self.backwards = torch.cat([torch.zeros(1, dtype=torch.int64), needed.cumsum(0)])  # by age
         self._make_jobs()
 
     def _make_jobs(self) -> None:
@@ -215,10 +217,6 @@ class Pursuit:
         attack = self.attack
         needs = attack.needs_gradient(work.age).to(work.job.device)
         done = self._ask(work, needs)
-        average = attack.average
-        self.unit.forwards[self.number].index_add_(0, work.image, torch.full_like(work.image, average))
-        backward = needs * (done.logits.shape[1] if attack.asks == "gradients" else 1) * average
-        self.unit.backwards[self.number].index_add_(0, work.image, backward.to(work.image.dtype))
         work.age += 1
         self._claim(work, done.logits)
         gradient = done.gradient
@@ -304,7 +302,17 @@ class Pursuit:
         if bool(going.all()):
             return work
         kept = going.nonzero()[:, 0]
+        self._count(work.take((~going).nonzero()[:, 0]))
         return work.take(kept) if len(kept) else None
+
+    def _count(self, work: Work) -> None:
+        """Write down the passes of rows that leave."""
+        attack, classes = self.attack, self.unit.clean_logits.shape[1]
+        backwards = self.backwards[work.age].to(work.image.device)
+        each = classes if attack.asks == "gradients" else 1
+        forwards = work.age.to(work.image.device) * attack.average
+        self.unit.forwards[self.number].index_add_(0, work.image, forwards)
+        self.unit.backwards[self.number].index_add_(0, work.image, backwards * each * attack.average)
 
     def _verified(self, work: Work, some: Tensor) -> Tensor:
         """Let the deciding network judge some claims, and write the best of each image down. Returns which hold."""

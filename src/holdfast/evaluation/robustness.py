@@ -125,6 +125,7 @@ class Plan:
             "carried": self.carried.summary["epsilon"] if self.carried is not None else None,
             "model_name": inputs.model_name,
             "data_name": inputs.data_name,
+            "about": dict(inputs.about),
         }
 
     def run(self) -> Result:
@@ -240,7 +241,7 @@ class Plan:
             rows = ledger.merged(count)
         every = [*raised, *(flags.from_rows(rows, threat=self.threat) if self.probe else [])]
         told = [flags.as_dict(flag) for flag in every]
-        summary = results.summarize(rows, protocol, told)
+        summary = {**results.summarize(rows, protocol, told), "about": protocol["about"]}
         log = results.log(summary, protocol)
         if ledger.path is not None and distributed.rank() == 0:
             write_json(ledger.path / "flags.json", {"flags": told})

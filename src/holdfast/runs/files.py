@@ -21,8 +21,8 @@ def full_disk_told(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise HoldfastError(
-                f"no space left to write {path.name}: free some in {path.parent} and go on with --resume;"
-                " everything up to the last checkpoint is kept"
+                f"no space left to write {path.name}: free some in {path.parent} and go on with --resume (evaluate:"
+                " with the same command); what was whole before is kept"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise HoldfastError(f"{path} cannot be written ({error.strerror}): choose another --out") from error

@@ -1,0 +1,207 @@
+"""The model under examination: run in evaluation mode on a few images, from the same draws, and left as it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError
+from holdfast.forward import View
+from holdfast.functional import margin
+from holdfast.keyed_random import Key
+from holdfast.threat import ThreatModel
+
+Loss = Callable[[Tensor], Tensor]
+"""Logits (n, K) to the loss (n,)."""
+
+
+@dataclass
+class ProbedModel:
+    """The model under examination, and what several probes share."""
+
+    view: View
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    threat: ThreatModel
+    key: Key
+    dtype: torch.dtype
+    outputs: Tensor | None = None  # of x, as the model returned them
+    reason: str = ""  # why no gradient could be taken
+    randomised: bool = False  # written by the probe of that name
+
+    def seed(self) -> None:
+        """Begin all draws anew, so that two runs of a model that draws can be compared."""
+        seed = self.key.fold("probe").torch_seed
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - what models use is the global generator
+        torch.default_generator.manual_seed(seed)
+        if self.x.device.type == "cuda":
+            with torch.cuda.device(self.x.device):
+                torch.cuda.manual_seed(seed)
+
+    @torch.no_grad()
+    def raw(self, x: Tensor) -> Tensor:
+        """What the model returns; it gets a copy, because it may write into its input."""
+        return self.view(x.to(self.dtype, copy=True)).logits.to(x.dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The same with numbers in place of NaN and infinity."""
+        return finite(self.raw(x))
+
+    @property
+    def clean(self) -> Tensor:
+        """Logits of the images."""
+        assert self.outputs is not None  # written by probed_model
+        return finite(self.outputs)
+
+    @property
+    def correct(self) -> Tensor:
+        """Which images are classified correctly, (n,) bool."""
+        return self.clean.argmax(1) == self.y
+
+    @property
+    def random_point(self) -> Tensor:
+        """A point of the ball around every image."""
+        return self.threat.random_point(self.x, self.key.fold("probe point"), self.index)
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """The negative margin, which no scale of the logits saturates."""
+        return -margin(logits, self.y)
+
+    def gradients(self, x: Tensor, *losses: Loss) -> tuple[Tensor, list[Tensor]] | None:
+        """Logits, and the gradient of every loss with respect to the pixels; None where there is none."""
+        try:
+            with torch.enable_grad():
+                point = x.detach().clone().requires_grad_(True)
+                logits = finite(self.view(point.to(self.dtype)).logits.to(x.dtype))
+                if not logits.requires_grad:
+                    self.reason = "the logits carry no graph"
+                    return None
+                found = [
+                    torch.autograd.grad(loss(logits).sum(), point, retain_graph=True, allow_unused=True)[0]
+                    for loss in losses
+                ]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            self.reason = first_line(error)
+            return None
+        if any(gradient is None for gradient in found):
+            self.reason = "the graph does not reach the pixels"
+            return None
+        return logits.detach(), found
+
+    def ascend(self, radius: float, steps: int, share: float = 0.25) -> tuple[Tensor, Tensor]:
+        """A short PGD from the image: the largest loss of all points, and whether one of them was misclassified.
+
+        A model without gradient is looked at where it stands: that is what an attack on it would do.
+        """
+        ball = self.threat.with_epsilon(radius)
+        point, broken = self.x, ~self.correct
+        best = self.loss(self.clean)
+        for number in range(steps + 1):
+            found = self.gradients(point, self.loss) if number < steps else None
+            logits = self.logits(point) if found is None else found[0]
+            best, broken = torch.maximum(best, self.loss(logits)), broken | (logits.argmax(1) != self.y)
+            if found is None:
+                break
+            move = share * radius * direction(finite(found[1][0]), point, self.threat)
+            point = ball.project(point + move, self.x)
+        return best, broken
+
+
+def probed_model(model: nn.Module, x: Tensor, y: Tensor, index: Tensor, threat: ThreatModel, key: Key) -> ProbedModel:
+    """The model in a view that runs it, with its outputs for the images."""
+    detached = View(model).detached()
+    copies = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+    views = (replace(detached, state={**(detached.state or {}), **copies}), View(model))
+    first: Exception | None = None
+    for view in views:  # some models, scripted ones for example, take no weights from outside
+        probed = ProbedModel(view, x, y, index, threat, key, dtype)
+        probed.seed()
+        try:
+            probed.outputs = probed.raw(x)
+        except (HoldfastError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a person's forward raises
+            first = first or error
+            continue
+        classes = probed.outputs.shape[1]
+        if probed.outputs.shape[0] != len(x) or classes < 2 or not 0 <= int(y.min()) <= int(y.max()) < classes:
+            raise HoldfastError(
+                f"the model returned shape {tuple(probed.outputs.shape)} for {len(x)} images with labels in"
+                f" [{int(y.min())}, {int(y.max())}]: return one row an image, one logit a class, at least two"
+            )
+        return probed
+    assert first is not None  # both failed
+    raise HoldfastError(
+        f"the model cannot run on images of shape {tuple(x.shape[1:])}: {first_line(first)}; check channels, image"
+        " size and type"
+    ) from first
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Training flags, and the random state of torch, Python and NumPy."""
+    flags = [(module, module.training) for module in model.modules()]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - models may draw from it
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002 - as above
+            for module, training in flags:
+                module.training = training
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:120]
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """NaN becomes 0, infinity a large number whose differences are finite."""
+    return torch.nan_to_num(tensor, nan=0.0, posinf=1e30, neginf=-1e30)
+
+
+def unit(logits: Tensor) -> Tensor:
+    """Rows divided by their length."""
+    return logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-30)
+
+
+def count(rows: Tensor) -> int:
+    return int(rows.sum())
+
+
+def broadcast(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+def direction(gradient: Tensor, point: Tensor, threat: ThreatModel) -> Tensor:
+    """A step of length 1 uphill that the pixel bounds do not stop.
+
+    Linf and L2 take their steepest one. For L1 that is a single pixel, too little for a few steps: the tenth of all
+    pixels with the largest gradient share the length.
+    """
+    stopped = ((point >= threat.upper) & (gradient > 0)) | ((point <= threat.lower) & (gradient < 0))
+    free = gradient.masked_fill(stopped, 0.0)
+    if threat.norm != "L1":
+        longest = free.flatten(1).abs().amax(1).clamp_min(1e-38)  # a gradient of 1e-30 has a direction too
+        return threat.steepest(free / broadcast(longest, free))
+    flat = free.flatten(1)
+    chosen = flat.abs().topk(max(1, flat.shape[1] // 10), dim=1).indices
+    signs = torch.zeros_like(flat).scatter(1, chosen, flat.gather(1, chosen).sign())
+    return (signs / chosen.shape[1]).view_as(gradient)

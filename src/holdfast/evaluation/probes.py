@@ -1,0 +1,233 @@
+"""Probes: what can be measured on a few images that shows whether an attack on this model can be believed.
+
+Every probe asks one question and answers with a `Flag` or None. Thresholds and their reasons stand in docs/flags.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError
+from holdfast.evaluation.flags import Flag
+from holdfast.evaluation.gradient_probes import GRADIENT_PROBES
+from holdfast.evaluation.probed_model import ProbedModel, count, finite, first_line, left_as_it_was, probed_model, unit
+from holdfast.keyed_random import Key
+from holdfast.threat import ThreatModel
+
+IMAGES = 128  # more are not looked at
+DARK = 2 / 255  # a whole set below this was divided by 255 twice
+SUM_TOLERANCE = 1e-3
+REPEATS = 5
+RANDOM_TOLERANCE = 1e-4  # of logits of length 1: the reference's own
+BATCH_TOLERANCE = 1e-3  # of logits of length 1: rounding stays below it, in TF32 too
+MANY = 0.25  # of the images
+
+
+def probe(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, key: Key, index: Tensor | None = None
+) -> list[Flag]:
+    """What a few images show before an attack is run.
+
+    The model is run in evaluation mode and left as it was: training flags, gradients, buffers and the random state of
+    torch, Python and NumPy are the same afterwards, after an exception too. It costs 63 forward passes with a
+    backward to the pixels, and about 20 without.
+
+    Args:
+        model: Pixels in [0, 1] to logits.
+        x: Images; the first 128 are looked at.
+        y: Their labels.
+        threat: The ball of the evaluation.
+        key: Of all draws.
+        index: Identity of every image, for keyed draws; None for its place.
+
+    Shapes:
+        x: (n, C, H, W); y, index: (n,).
+    Raises:
+        HoldfastError: there is no image, the model does not run, or it has no output for a label.
+
+    Example:
+        >>> from holdfast.threat import Linf
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.Softmax(1))
+        >>> x, y = torch.rand(8, 1, 2, 2), torch.tensor([0, 1] * 4)
+        >>> [flag.name for flag in probe(model, x, y, Linf(0.1), key=Key(0))][:2]
+        ['train-mode', 'probabilities']
+    """
+    if len(x) == 0:
+        raise HoldfastError("there is no image to probe the model with: give at least one")
+    index = torch.arange(len(y), device=x.device) if index is None else index
+    x, y, index = x[:IMAGES].detach(), y[:IMAGES], index[:IMAGES]
+    found = [_pixel_range(x), _train_mode(model)]
+    with left_as_it_was(model, x.device), torch.autocast(x.device.type, enabled=False):
+        probed = probed_model(model, x, y, index, threat, key)
+        for measure in OUTPUT_PROBES:
+            probed.seed()
+            found.append(measure(probed))
+        for measures in GRADIENT_PROBES:
+            probed.seed()
+            found += measures(probed)
+    return [flag for flag in found if flag is not None]
+
+
+def _pixel_range(x: Tensor) -> Flag | None:
+    low, high = float(finite(x).min()), float(finite(x).max())
+    flat = x.flatten(1)
+    constant = count(flat.amax(1) == flat.amin(1))
+    values = {"min": low, "max": high, "constant_images": constant, "n": len(x)}
+    if not bool(x.isfinite().all()):
+        return Flag("pixel-range", "some pixels are NaN or infinite", "serious", values)
+    if low < 0 or high > 1:
+        says = f"pixels lie in [{low:g}, {high:g}] instead of [0, 1]"
+        return Flag("pixel-range", says, "serious", values)
+    if high < DARK:
+        says = f"no pixel of {len(x)} images is above {high:.2g}: they look divided by 255 twice"
+        return Flag("pixel-range", says, "serious", values)
+    if constant == 0:
+        return None
+    severity = "serious" if constant > MANY * len(x) else "warning"
+    return Flag("pixel-range", f"{constant} of {len(x)} images are one plain colour", severity, values)
+
+
+def _train_mode(model: nn.Module) -> Flag | None:
+    modules = list(model.modules())
+    training = sum(module.training for module in modules)
+    if training == 0:
+        return None
+    return Flag(
+        "train-mode",
+        f"{training} of {len(modules)} modules were in training mode; they were run in evaluation mode all the same",
+        "warning",
+        {"training": training, "modules": len(modules)},
+    )
+
+
+def _probabilities(probed: ProbedModel) -> Flag | None:
+    logits = probed.clean
+    low, high = float(logits.min()), float(logits.max())
+    rows = logits.double().sum(1)
+    total = float(rows.mean())
+    off = float((rows - total).abs().max())
+    values = {"min": low, "max": high, "row_sum": total, "row_sum_deviation": off}
+    if low < 0:
+        return None
+    if abs(total - 1) + off < SUM_TOLERANCE:
+        says = f"outputs lie in [0, 1] and rows sum to 1 on all {len(rows)} images"
+        return Flag("probabilities", says, "serious", values)
+    varied = not torch.equal(logits, logits[:1].expand_as(logits))  # constant outputs have constant sums
+    if varied and total > 0 and off < SUM_TOLERANCE * total:
+        says = f"no output is negative and rows sum to {total:.4g} on all {len(rows)} images: scaled probabilities"
+        return Flag("probabilities", says, "serious", values)
+    if high <= 1:
+        says = f"outputs lie in [{low:.2g}, {high:.2g}] on all {len(rows)} images: they look like sigmoid outputs"
+        return Flag("probabilities", says, "warning", values)
+    return None
+
+
+def _constant_predictions(probed: ProbedModel) -> Flag | None:
+    predicted, labels = probed.clean.argmax(1).unique(), len(probed.y.unique())
+    if len(predicted) > 1 or labels < 2:
+        return None
+    accuracy = float(probed.correct.float().mean())
+    return Flag(
+        "constant-predictions",
+        f"all {len(probed.x)} images of {labels} classes are predicted as class {int(predicted[0])}"
+        f" ({accuracy:.1%} are right)",
+        "serious" if len(probed.x) >= 10 else "warning",
+        {"predicted": int(predicted[0]), "classes": labels, "accuracy": accuracy, "n": len(probed.x)},
+    )
+
+
+def _randomised(probed: ProbedModel) -> Flag | None:
+    answers = [probed.logits(probed.x) for _ in range(REPEATS)]
+    counts = [count(logits.argmax(1) == probed.y) for logits in answers]
+    apart = max(float((unit(logits) - unit(answers[0])).norm(dim=1).max()) for logits in answers)
+    probed.randomised = apart > RANDOM_TOLERANCE or len(set(counts)) > 1
+    if not probed.randomised:
+        return None
+    return Flag(
+        "randomised",
+        f"{REPEATS} runs of the same images differ by up to {apart:.2g} (logits of length 1); {min(counts)} to"
+        f" {max(counts)} of {len(probed.x)} are classified correctly",
+        "serious",
+        {"difference": apart, "fewest_correct": min(counts), "most_correct": max(counts), "n": len(probed.x)},
+    )
+
+
+def _batch_dependent(probed: ProbedModel) -> Flag | None:
+    """The same images in another order, in batches of one, a quarter and the rest."""
+    n = len(probed.x)
+    if probed.randomised:
+        return None  # the draws differ
+    try:
+        if n == 1:
+            other = probed.logits(torch.cat([probed.x, probed.x.flip(-1)]))[:1]
+        else:
+            order = torch.arange(n - 1, -1, -1, device=probed.x.device)
+            parts = [part for part in order.tensor_split([1, 1 + n // 4]) if len(part)]
+            other = torch.cat([probed.logits(probed.x[part]) for part in parts])[order]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        says = f"the model fails on a batch of another size: {first_line(error)}"
+        return Flag("batch-dependent", says, "serious", {"n": n})
+    apart = (unit(other) - unit(probed.clean)).norm(dim=1)
+    largest, differ = float(apart.max()), count(apart > BATCH_TOLERANCE)
+    changed = count(other.argmax(1) != probed.clean.argmax(1))
+    if differ == 0:
+        return None
+    return Flag(
+        "batch-dependent",
+        f"in another batch the logits of {differ} of {n} images differ by up to {largest:.2g} (logits of length 1) and"
+        f" {changed} predictions change",
+        "serious",
+        {"difference": largest, "differ": differ, "changed": changed, "n": n},
+    )
+
+
+def _optimises(probed: ProbedModel) -> Flag | None:
+    """Calls of the gradient engine during one forward; not asked while a profiler runs, whose place it would take."""
+    if sys.getprofile() is not None:
+        return None
+    with _engine_calls() as calls:
+        probed.raw(probed.x)
+    if not calls:
+        return None
+    return Flag(
+        "optimises-at-inference",
+        f"the gradient engine was called {len(calls)} times while the model classified {len(probed.x)} images",
+        "serious",
+        {"calls": len(calls), "n": len(probed.x)},
+    )
+
+
+@contextmanager
+def _engine_calls() -> Iterator[list[str]]:
+    """The names of torch.autograd's functions that are called inside, by whatever name a model imported them."""
+    calls: list[str] = []
+    watched = {torch.autograd.grad.__code__, torch.autograd.backward.__code__}
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code in watched:
+            calls.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+
+
+OUTPUT_PROBES: tuple[Callable[[ProbedModel], Flag | None], ...] = (
+    _probabilities,
+    _constant_predictions,
+    _randomised,
+    _batch_dependent,
+    _optimises,
+)
+"""Probes that look at outputs alone. What follows `_randomised` may ask whether the model draws."""
