@@ -43,7 +43,7 @@ def folded(model: nn.Module, x: Tensor) -> tuple[nn.Module, int]:
         _replace(candidate, layer, fuse(modules[layer], modules[norm]))  # type: ignore[arg-type]  # _pairs chose the kinds
         _replace(candidate, norm, nn.Identity())
     for images in (x, torch.linspace(0, 1, x.numel(), device=x.device, dtype=x.dtype).view_as(x)):
-        before, after = plain(images), candidate(images)
+        before, after = plain(images.clone()), candidate(images.clone())
         if not bool((before - after).abs().max() <= TOLERANCE * (1 + before.abs().max())):
             return plain, 0
     return candidate, len(pairs)
@@ -70,7 +70,7 @@ def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, str]]:
         if type(module) in (nn.Conv2d, nn.Linear) or isinstance(module, _BatchNorm):
             watch(name, module)
     try:
-        model(x)
+        model(x.clone())  # a model may write into its input
     finally:
         for handle in handles:
             handle.remove()

@@ -63,8 +63,23 @@ class Deciding:
     def __call__(self, x: Tensor, batch_size: int | None = None) -> Tensor:
         """Logits (R, K), in batches."""
         with torch.autocast(x.device.type, enabled=False):
-            parts = [self.view(part.to(self.dtype)).logits for part in x.split(batch_size or self.batch_size)]
+            parts = [self._logits(part) for part in x.split(batch_size or self.batch_size)]
         return torch.cat(parts).to(x.dtype)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Of one batch; a copy is run, because a model may write into its input."""
+        try:
+            return self.view(x.to(self.dtype, copy=True)).logits
+        except HoldfastError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            if "out of memory" in str(error):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise HoldfastError(
+                f"the model cannot run on {len(x)} image{'s' * (len(x) > 1)} of shape {tuple(x.shape[1:])}: {reason};"
+                " in evaluation mode it must take any number of them"
+            ) from error
 
 
 class Searching:
@@ -146,7 +161,7 @@ class Searching:
         return Pass(logits.detach(), value.detach(), gradient)
 
     def _logits(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        logits = network(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
+        logits = network(x.to(self.dtype, memory_format=torch.channels_last, copy=True))
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise HoldfastError("the model must return logits (B, K): return one row of logits an image")
         return logits.to(x.dtype)
