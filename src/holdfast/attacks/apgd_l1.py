@@ -58,9 +58,10 @@ class APGDL1(APGD):
         """Radius in epsilons, and steps."""
         if not self.large_radii:
             return [(1.0, self.steps)]
-        counts = [math.ceil(share * self.steps) for share in SHARES]
-        counts[-1] = max(0, self.steps - sum(counts[:-1]))
-        return [(radius, count) for radius, count in zip(RADII, counts, strict=True) if count > 0]
+        counts: list[int] = []
+        for share in SHARES[:-1]:
+            counts.append(min(math.ceil(share * self.steps), self.steps - sum(counts)))
+        return list(zip(RADII, [*counts, self.steps - sum(counts)], strict=True))
 
     def passes(self) -> tuple[int, int]:
         both = (self.steps + len(self.phases())) * self.average
@@ -88,9 +89,11 @@ class APGDL1(APGD):
     def advance(self, state: State, rows: Rows, answer: Answer, threat: ThreatModel, key: Key) -> State:
         assert answer.gradient is not None  # it is asked for
         phases = self.phases()
-        radii = torch.tensor([radius * threat.epsilon for radius, _ in phases], device=rows.y.device)
+        radii = torch.tensor(
+            [radius * threat.epsilon for radius, _ in phases], device=rows.y.device, dtype=rows.x.dtype
+        )
         counts = torch.tensor([count for _, count in phases], device=rows.y.device)
-        radius, count = radii[state["phase"]].to(rows.x.dtype), counts[state["phase"]]
+        radius, count = radii[state["phase"]], counts[state["phase"]]
         better = (answer.loss > state["best_loss"]) | (state["phase_step"] == 0)
         seen = {
             "best": choose(better, state["point"], state["best"]),
@@ -123,7 +126,7 @@ class APGDL1(APGD):
         """Count the step; where a phase ends, begin the next one at the best point."""
         ended = state["phase_step"] >= count
         phase = state["phase"] + ended
-        following = radii[phase.clamp_max(len(radii) - 1)].to(rows.x.dtype)
+        following = radii[phase.clamp_max(len(radii) - 1)]
         first = threat.project(state["best"], rows.x, following)
         changed = _changed(first, rows.x)
         return {

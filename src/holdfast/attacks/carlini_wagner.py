@@ -121,7 +121,7 @@ class CarliniWagnerL2(StepwiseAttack):
         gradient = along * (1 - torch.tanh(state["w"]) ** 2) / 2
         first = MOMENTS[0] * state["first_moment"] + (1 - MOMENTS[0]) * gradient
         second = MOMENTS[1] * state["second_moment"] + (1 - MOMENTS[1]) * gradient**2
-        unbiased = [column(1 - moment**step, x) for moment in MOMENTS]
+        unbiased = [column(1 - moment ** step.to(x.dtype), x) for moment in MOMENTS]
         change = self.step_size * (first / unbiased[0]) / ((second / unbiased[1]).sqrt() + 1e-8)
         return {"w": state["w"] - change, "first_moment": first, "second_moment": second}
 

@@ -68,10 +68,12 @@ class Square(StepwiseAttack):
     def start(self, rows: Rows, threat: ThreatModel, key: Key) -> State:
         x = rows.x
         if threat.norm == "Linf":
-            stripes = signs(key.fold("stripes"), rows.draw, x.shape[1] * x.shape[3]).view(len(x), x.shape[1], 1, -1)
+            stripes = signs(key.fold("stripes"), rows.draw, x.shape[1] * x.shape[3], x.dtype).view(
+                len(x), x.shape[1], 1, -1
+            )
             point = threat.clamp(x + threat.epsilon * stripes)
         else:
-            point = _of_length(x, tiles(key, rows.draw, x), threat)
+            point = _of_length(x, tiles(key, rows.draw, x, _power(threat)), threat)
         fresh = torch.zeros_like(rows.y)
         return {
             "point": point,
@@ -103,7 +105,7 @@ class Square(StepwiseAttack):
         if threat.norm == "Linf":
             side = self._sides(step, x, odd=False)
             window = corners(key.fold("window"), identity, side, x)
-            change = 2 * threat.epsilon * signs(key.fold("signs"), identity, x.shape[1])
+            change = 2 * threat.epsilon * signs(key.fold("signs"), identity, x.shape[1], x.dtype)
             moved = best + change.view(*change.shape, 1, 1)
             return threat.project(torch.where(window, moved, best), x)
         side = self._sides(step, x, odd=True)
@@ -114,7 +116,7 @@ def _moved_mass(delta: Tensor, x: Tensor, side: Tensor, identity: Tensor, threat
     """L2 and L1: window 2's length, and what is left of epsilon, goes into window 1."""
     one = corners(key.fold("window"), identity, side, x)
     two = corners(key.fold("second window"), identity, side, x)
-    power = 2 if threat.norm == "L2" else 1
+    power = _power(threat)
 
     def spent(part: Tensor, mask: Tensor) -> Tensor:
         """The length inside a window, by channel, (R, C, 1, 1)."""
@@ -126,10 +128,16 @@ def _moved_mass(delta: Tensor, x: Tensor, side: Tensor, identity: Tensor, threat
     left = (threat.epsilon**power - column(threat.length(delta) ** power, x)).clamp_min(0)
     budget = left / channels + spent(delta, one | two) ** power
     budget = budget.sqrt() if power == 2 else budget * channels
-    shape = bumps(key.fold("bump"), identity, side, one) * signs(key.fold("signs"), identity, channels)[..., None, None]
+    random_signs = signs(key.fold("signs"), identity, channels, x.dtype)[..., None, None]
+    shape = bumps(key.fold("bump"), identity, side, one, power) * random_signs
     shape = torch.where(one, shape + delta / (spent(delta, one) + 1e-12), 0)
     new = shape / (spent(shape, one) + 1e-12) * budget
     return _of_length(x, torch.where(one, new, torch.where(two, 0, delta)), threat)
+
+
+def _power(threat: ThreatModel) -> int:
+    """Of the norm: 2 or 1."""
+    return 2 if threat.norm == "L2" else 1
 
 
 def _of_length(x: Tensor, delta: Tensor, threat: ThreatModel) -> Tensor:

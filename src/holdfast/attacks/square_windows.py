@@ -13,9 +13,9 @@ from holdfast.keyed_random import Key, bits, uniform
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
-def signs(key: Key, identity: Tensor, count: int) -> Tensor:
+def signs(key: Key, identity: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random signs, (R, count)."""
-    return ((bits(key, identity, count) >> 40) & 1) * 2 - 1
+    return (((bits(key, identity, count) >> 40) & 1) * 2 - 1).to(dtype)
 
 
 @cache
@@ -50,28 +50,35 @@ def corners(key: Key, identity: Tensor, side: Tensor, x: Tensor) -> Tensor:
 
 
 @cache
-def bump(height: int, width: int) -> Tensor:
-    """A pyramid of rectangles, each worth 1 / (ring + 1)², of length 1, (height, width)."""
+def bump(height: int, width: int, power: int = 2) -> Tensor:
+    """A pyramid of rectangles, each worth 1 / (ring + 1)², of length 1 in L2, (height, width).
+
+    With ``power=1`` for L1: each worth 1 / (ring + 1)⁴, of length 1 in L1.
+    """
+
+    def worth(ring: int) -> float:
+        return 1 / (ring + 1) ** (2 if power == 2 else 4)
+
     shape = torch.zeros(height, width)
     top, left = height // 2, width // 2
     for ring in range(max(height // 2 + 1, width // 2 + 1)):
         size = 2 * ring + 1
-        shape[max(top, 0) : min(top + size, height), max(left, 0) : min(left + size, width)] += 1 / (ring + 1) ** 2
+        shape[max(top, 0) : min(top + size, height), max(left, 0) : min(left + size, width)] += worth(ring)
         top, left = top - 1, left - 1
-    return shape / shape.norm()
+    return shape / shape.norm(p=power)
 
 
 @cache
-def two_bumps(side: int) -> Tensor:
+def two_bumps(side: int, power: int = 2) -> Tensor:
     """Two bumps of opposite sign, one above the other, of length 1 together, (side, side)."""
     if side < 2:
         return torch.ones(side, side)
     upper = side // 2
-    shape = torch.cat([bump(upper, side), -bump(side - upper, side)])
-    return shape / shape.norm()
+    shape = torch.cat([bump(upper, side, power), -bump(side - upper, side, power)])
+    return shape / shape.norm(p=power)
 
 
-def bumps(key: Key, identity: Tensor, side: Tensor, window: Tensor) -> Tensor:
+def bumps(key: Key, identity: Tensor, side: Tensor, window: Tensor, power: int = 2) -> Tensor:
     """Two bumps in every row's window, upright or lying at random, (R, 1, H, W)."""
     placed = torch.zeros(window.shape, device=window.device)
     upright = uniform(key, identity, (1,))[:, 0] <= 0.5
@@ -79,7 +86,7 @@ def bumps(key: Key, identity: Tensor, side: Tensor, window: Tensor) -> Tensor:
         for standing in (True, False):
             rows = ((side == length) & (upright == standing)).nonzero()[:, 0]
             if len(rows):
-                shape = two_bumps(length).to(window.device)
+                shape = two_bumps(length, power).to(window.device)
                 shape = shape if standing else shape.T
                 part = torch.zeros(len(rows), *window.shape[1:], device=window.device)
                 part[window[rows]] = shape.flatten().repeat(len(rows))
@@ -87,7 +94,7 @@ def bumps(key: Key, identity: Tensor, side: Tensor, window: Tensor) -> Tensor:
     return placed
 
 
-def tiles(key: Key, identity: Tensor, x: Tensor) -> Tensor:
+def tiles(key: Key, identity: Tensor, x: Tensor, power: int = 2) -> Tensor:
     """The start of L2 and L1: a grid of two bumps each, with random signs, (R, C, H, W)."""
     _, channels, height, width = x.shape
     side = max(height // 5, 1)
@@ -97,7 +104,7 @@ def tiles(key: Key, identity: Tensor, x: Tensor) -> Tensor:
         for place in range(width // side):
             top, left = first + row * side, first + place * side
             part = key.fold("tile", row, place)
-            shape = two_bumps(side).to(x.device)
+            shape = two_bumps(side, power).to(x.device)
             standing = (uniform(part, identity, (1,)) <= 0.5).view(-1, 1, 1)
             shapes = torch.where(standing, shape, shape.T)[:, None]
             shapes = shapes * signs(part.fold("sign"), identity, channels)[..., None, None]
