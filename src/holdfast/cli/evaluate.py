@@ -136,7 +136,7 @@ def measure(asked: Namespace) -> list[Result]:
                 model=model,
                 inputs=inputs,
                 threat=threat,
-                protocol=wanted(asked, threat),
+                protocol=wanted(asked, threat, device),
                 seed=asked.seed,
                 unit=asked.unit,
                 speed=speed(asked, device),
@@ -174,7 +174,7 @@ def check_options(asked: Namespace) -> list[str | None]:
     return list(radii)
 
 
-def wanted(asked: Namespace, threat: ThreatModel) -> Protocol:
+def wanted(asked: Namespace, threat: ThreatModel, device: Any) -> Protocol:
     """The attacks."""
     from holdfast.evaluation.protocols import Options, named
 
@@ -182,7 +182,7 @@ def wanted(asked: Namespace, threat: ThreatModel) -> Protocol:
     if asked.source is not None:
         from holdfast.runs.export import load_model
 
-        source = (load_model(asked.source), str(asked.source))
+        source = (load_model(asked.source).to(device), str(asked.source))
     options = Options(steps=asked.steps, restarts=asked.restarts, step_size=asked.step_size, source=source)
     return named(asked.attack, threat, options, distances=asked.distances)
 

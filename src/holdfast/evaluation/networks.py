@@ -34,12 +34,14 @@ class Speed:
         fold: Fold BatchNorm into the layers before it.
         compile: Compile the searching network (seconds to a minute at the start).
         batch_size: Rows that are run together.
+        look_every: Passes between two looks at claimed successes; see `holdfast.evaluation.pursuit.Rules`.
     """
 
     precision: str = "fp32"
     fold: bool = True
     compile: bool = False
     batch_size: int = 250
+    look_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -95,16 +97,17 @@ class Searching:
     """
 
     def __init__(self, model: nn.Module, x: Tensor, speed: Speed, *, randomised: bool = False) -> None:
-        self.folded = 0
+        self.folded, self.batch_size = 0, speed.batch_size
+        self.compiled = self.padded = False
         self.dtype = next((p.dtype for p in model.parameters()), torch.float32)
         self.low = speed.precision == "bf16" and self.dtype == torch.float32
         self.precise = self._copy(model, x, speed.fold and not randomised)
+        self.differentiable = self._can_differentiate(x)
         self.fast = self._fast(speed) if self.low else self.precise
-        self.padded = speed.compile
-        self.batch_size = speed.batch_size
         if speed.compile and isinstance(self.precise, nn.Module):
             for network in {id(each): each for each in (self.precise, self.fast)}.values():
                 compile_in_place(network)  # type: ignore[arg-type]  # both are modules where the first is
+            self.compiled = self.padded = True
 
     def _copy(self, model: nn.Module, x: Tensor, fold: bool) -> Callable[[Tensor], Tensor]:
         """The network in full precision."""
@@ -114,6 +117,17 @@ class Searching:
             view = View(model).detached()
             return lambda images: view(images).logits
         return network.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # of all parameters with four dimensions
+
+    def _can_differentiate(self, x: Tensor) -> bool:
+        """Whether a gradient reaches the pixels at all; a flag tells people if none does."""
+        try:
+            with torch.enable_grad():
+                point = x.detach().requires_grad_(True)
+                logits = self._logits(self.precise, point)
+                _gradient(logits, logits[:, 0], point, "gradient")
+        except (RuntimeError, TypeError):  # the graph is cut, or the model cannot run on such pixels (NumPy inside)
+            return False
+        return True
 
     def _fast(self, speed: Speed) -> Callable[[Tensor], Tensor]:
         """The network with the weights of its large layers in bfloat16, to be run under autocast."""
@@ -144,24 +158,23 @@ class Searching:
                 with torch.no_grad():
                     logits = self._logits(network, x)
                     return Pass(logits, loss(logits), None)
-            try:
-                with torch.enable_grad():
-                    point = x.detach().requires_grad_(True)
-                    logits = self._logits(network, point)
-                    value = loss(logits)
-                    gradient = _gradient(logits, value, point, want)
-            except (RuntimeError, TypeError):
-                # The graph is cut, or the model cannot run on pixels that want a gradient (NumPy inside). If it runs at
-                # all, no gradient is a gradient of zero: attacks that need none go on, and a flag says so.
+            if not self.differentiable:  # no gradient is a gradient of zero: attacks that need none go on
                 with torch.no_grad():
                     logits = self._logits(network, x)
                     value = loss(logits)
                 shape = (len(x), logits.shape[1], *x.shape[1:]) if want == "gradients" else x.shape
-                gradient = x.new_zeros(shape)
-        return Pass(logits.detach(), value.detach(), gradient)
+                return Pass(logits, value, x.new_zeros(shape))
+            with torch.enable_grad():
+                point = x.detach().to(self.dtype, memory_format=torch.channels_last, copy=True).requires_grad_(True)
+                logits = self._logits(network, point)
+                value = loss(logits)
+                gradient = _gradient(logits, value, point, want)
+        return Pass(logits.detach(), value.detach(), gradient.to(x.dtype))
 
     def _logits(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        logits = network(x.to(self.dtype, memory_format=torch.channels_last, copy=True))
+        laid = x.to(self.dtype, memory_format=torch.channels_last)
+        # A model may write into its input, so it gets a copy; but a compiled one must be given a leaf without a warning.
+        logits = network(laid if self.compiled else laid.clone())
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise HoldfastError("the model must return logits (B, K): return one row of logits an image")
         return logits.to(x.dtype)

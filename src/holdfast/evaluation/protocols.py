@@ -209,6 +209,27 @@ def named(text: str, threat: ThreatModel, options: Options | None = None, *, dis
     return made
 
 
+def adaptations(protocol: Protocol, classes: int) -> list[str]:
+    """What few classes change, one sentence each: fewer targets, losses that need more logits than there are.
+
+    Example:
+        >>> from holdfast.threat import Linf
+        >>> adaptations(autoattack(Linf(0.1)), 3)[0]
+        'APGD-T, 9 targets: 2 targets, as there are 3 classes'
+    """
+    told = []
+    for attack in protocol.attacks:
+        if attack.targets > classes - 1:
+            count = classes - 1
+            told.append(f"{attack.name}: {count} target{'s' * (count > 1)}, as there are {classes} classes")
+        objective = getattr(attack, "objective", None)
+        if objective in ("dlr", "targeted_dlr") and classes < 3:
+            told.append(f"{attack.name}: the difference of the two logits in place of DLR, which needs three")
+        elif objective == "targeted_dlr" and classes < 4:
+            told.append(f"{attack.name}: targeted DLR without a fourth logit")
+    return told
+
+
 def of_attacks(attacks: Sequence[StepwiseAttack], *, until_nearest: bool = False) -> Protocol:
     """A protocol of one's own attacks, named after them."""
     label = " + ".join(attack.name for attack in attacks)

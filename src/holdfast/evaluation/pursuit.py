@@ -41,12 +41,15 @@ class Rules:
         until_nearest: Minimum norm: a row goes on after a success, and a nearer example replaces a farther one.
         at_end: Only the last misclassified point of a row is looked at, when the row has ended: what the reference does
             with randomised models, where every further look is another lottery ticket.
+        look_every: Passes between two looks at what is claimed; None for 1 on the CPU and 10 on an accelerator, where
+            each look is a wait.
     """
 
     threat: ThreatModel
     key: Key
     until_nearest: bool = False
     at_end: bool = False
+    look_every: int | None = None
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Work:
     restart: Tensor
     age: Tensor  # passes made, on the CPU: no wait is needed to know which rows end
     precise: Tensor  # near the boundary: no low precision any more
+    mixed: bool = False  # whether there are such rows, as far as the last look saw
     claim: Tensor | None = None  # the best misclassified point since the last look
     claimed: Tensor | None = None  # how good it is (lower is better); infinite: none
 
@@ -73,6 +77,7 @@ class Work:
             restart=self.restart[index],
             age=self.age[index.cpu()],
             precise=self.precise[index],
+            mixed=self.mixed,
             claim=None if self.claim is None else self.claim[index],
             claimed=None if self.claimed is None else self.claimed[index],
         )
@@ -89,6 +94,7 @@ class Work:
             restart=torch.cat([self.restart, other.restart]),
             age=torch.cat([self.age, other.age]),
             precise=torch.cat([self.precise, other.precise]),
+            mixed=self.mixed or other.mixed,
             claim=claims,
             claimed=claimed,
         )
@@ -126,10 +132,12 @@ class Pursuit:
         self.attack, self.unit, self.rules, self.number = attack, unit, rules, number
         self.deciding, self.searching = deciding, searching
         self.batch_size = batch_size
+        if attack.asks == "gradients":  # one image takes as much memory as it has classes
+            self.batch_size = max(1, batch_size * 10 // unit.clean_logits.shape[1])
         self.key = rules.key.fold("attack", attack.name)
         self.length = attack.passes()[0] // attack.average
-        self.on_cpu = unit.x.device.type == "cpu"
-        self.keeps_claims = rules.at_end or not self.on_cpu
+        self.look_every = rules.look_every or (1 if unit.x.device.type == "cpu" else LOOK_EVERY)
+        self.keeps_claims = rules.at_end or self.look_every > 1
         needed = attack.needs_gradient(torch.arange(self.length)).long()
         self.backwards = torch.cat([torch.zeros(1, dtype=torch.int64), needed.cumsum(0)])  # by age
         self._make_jobs()
@@ -172,7 +180,7 @@ class Pursuit:
                 tell(passes, len(self.job_image) - self.next_job, len(self.job_image))
                 passes = 0
             ending = int(work.age.max()) >= self.length
-            if self.keeps_claims and not ending and (self.rules.at_end or since < LOOK_EVERY):
+            if self.keeps_claims and not ending and (self.rules.at_end or since < self.look_every):
                 continue
             since = 0
             work = self._looked(work)
@@ -210,13 +218,13 @@ class Pursuit:
         age = torch.zeros(len(chosen), dtype=torch.int64)
         worst = torch.full_like(restart, torch.inf, dtype=rows.x.dtype) if self.keeps_claims else None
         never = torch.zeros_like(restart, dtype=torch.bool)
-        return Work(state, rows, chosen, image, restart, age, never, rows.x if self.keeps_claims else None, worst)
+        claim = rows.x if self.keeps_claims else None
+        return Work(state, rows, chosen, image, restart, age, never, claim=claim, claimed=worst)
 
     def _pass(self, work: Work) -> None:
         """One pass of every row: count it, note what it claims, and let the attack go on."""
         attack = self.attack
-        needs = attack.needs_gradient(work.age).to(work.job.device)
-        done = self._ask(work, needs)
+        done = self._ask(work)
         work.age += 1
         self._claim(work, done.logits)
         gradient = done.gradient
@@ -225,23 +233,41 @@ class Pursuit:
         answer = Answer(done.logits, done.loss, gradient)
         work.state = attack.advance(work.state, work.rows, answer, self.rules.threat, self.key)
 
-    def _ask(self, work: Work, needs: Tensor) -> Pass:
+    def _ask(self, work: Work) -> Pass:
         """The network's answer, rows in groups by what they need and how precise they must be."""
-        fast = self.searching.low & ~work.precise if self.searching.low else torch.zeros_like(work.precise)
         groups = [
-            (group.nonzero()[:, 0], want, low)
-            for want, needed in ((self.attack.asks, needs), ("logits", ~needs))
-            for low, speed in ((True, fast), (False, ~fast))
-            if bool((group := needed & speed).any())
+            (index, want, fast)
+            for want, rows in self._by_need(work)
+            for index, fast in self._by_precision(work, rows)
+            if index is None or len(index)
         ]
         if len(groups) == 1:
-            _, want, low = groups[0]
-            return self._averaged(work.state["point"], work.rows, want, fast=low)
-        parts = [
-            (index, self._averaged(work.state["point"][index], work.rows.take(index), want, fast=low))
-            for index, want, low in groups
-        ]
+            _, want, fast = groups[0]
+            return self._averaged(work.state["point"], work.rows, want, fast=fast)
+        parts = []
+        for index, want, fast in groups:
+            assert index is not None  # None stands for all rows, and then there is one group
+            done = self._averaged(work.state["point"][index], work.rows.take(index), want, fast=fast)
+            parts.append((index, done))
         return _merged(parts, len(work.job))
+
+    def _by_need(self, work: Work) -> list[tuple[str, Tensor | None]]:
+        """What is asked for, and of which rows (None: all). Ages lie on the CPU, so this waits for nothing."""
+        needs = self.attack.needs_gradient(work.age)
+        if bool(needs.all()):
+            return [(self.attack.asks, None)]
+        if not bool(needs.any()):
+            return [("logits", None)]
+        device = work.job.device
+        return [(self.attack.asks, needs.nonzero()[:, 0].to(device)), ("logits", (~needs).nonzero()[:, 0].to(device))]
+
+    def _by_precision(self, work: Work, rows: Tensor | None) -> list[tuple[Tensor | None, bool]]:
+        """Rows that low precision may run, and those that it may not; only at a look is it known that there are any."""
+        if not self.searching.low or not work.mixed:
+            return [(rows, self.searching.low)]
+        rows = torch.arange(len(work.job), device=work.job.device) if rows is None else rows
+        precise = work.precise[rows]
+        return [(rows[~precise], True), (rows[precise], False)]
 
     def _averaged(self, point: Tensor, rows: Rows, want: str, *, fast: bool) -> Pass:
         """One pass, or the last of several with the mean of their gradients."""
@@ -296,6 +322,8 @@ class Pursuit:
         some = claims.nonzero()[:, 0]
         if len(some):
             work.precise[some] |= ~self._verified(work, some)
+        if self.searching.low:
+            work.mixed = bool(work.precise.any())
         going = self._open(work.image) & ~ended
         if not self.rules.at_end and self.keeps_claims:
             work.claimed = torch.full_like(work.claimed, torch.inf)

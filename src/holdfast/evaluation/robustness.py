@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import __version__, distributed
+from holdfast.attacks.stepwise import StepwiseAttack
 from holdfast.errors import HoldfastError
 from holdfast.evaluation import fingerprint, flags, probes, results
 from holdfast.evaluation.estimate import Estimate
 from holdfast.evaluation.inputs import Inputs, as_inputs, check_logits, chosen
 from holdfast.evaluation.ledger import Ledger
 from holdfast.evaluation.networks import Deciding, Searching, Speed
-from holdfast.evaluation.protocols import Options, Protocol, named
+from holdfast.evaluation.protocols import Options, Protocol, adaptations, named
 from holdfast.evaluation.pursuit import Pursuit, Rules
 from holdfast.evaluation.unit import Unit, rows_of
 from holdfast.keyed_random import Key
@@ -104,15 +105,20 @@ class Plan:
     carried: Result | None = None
     display: Display = field(default_factory=Display)
 
-    def describe(self) -> dict[str, Any]:
-        """What the ledger is about; another one is refused in its folder."""
+    def describe(self, classes: int) -> dict[str, Any]:
+        """What the ledger is about; another one is refused in its folder.
+
+        Args:
+            classes: K.
+        """
         inputs = self.inputs
         return {
             "format": 1,
             "version": __version__,
             "attack": self.protocol.label,
             "attacks": [attack.name for attack in self.protocol.attacks],
-            "settings": [repr(attack) for attack in self.protocol.attacks],
+            "settings": [_settings(attack) for attack in self.protocol.attacks],
+            "notes": adaptations(self.protocol, classes),
             "threat": self.threat.norm,
             "epsilon": self.threat.epsilon,
             "seed": self.seed,
@@ -132,8 +138,11 @@ class Plan:
         """All units that are not yet done, by all processes, then the summary."""
         if isinstance(self.unit, bool) or not isinstance(self.unit, int) or self.unit < 1:
             raise HoldfastError(f"unit is {self.unit!r}: give a whole number of images, at least 1")
-        ledger = Ledger(self.path, self.describe())
         state = [(module, module.training) for module in self.model.modules()]
+        with torch.random.fork_rng(devices=_devices(self.inputs.device)):
+            logits = Deciding(self.model, self.speed.batch_size)(self.inputs.part(slice(0, 8))[0])
+        check_logits(logits, self.inputs.y)
+        ledger = Ledger(self.path, self.describe(logits.shape[1]))
         try:
             ledger.open(writes=distributed.rank() == 0)
             distributed.barrier()
@@ -173,12 +182,10 @@ class Plan:
             return
         x = self.inputs.part(slice(0, 8))[0]
         deciding = Deciding(self.model, self.speed.batch_size)
-        logits = deciding(x)
-        check_logits(logits, self.inputs.y)
         searching = Searching(self.model, x, self.speed, randomised=randomised)
         images = sum(len(self.inputs.y[self._slice(number)]) for number in todo)
         self.display.work(f"{self.protocol.label}, {self.threat}", images)
-        estimate = Estimate(self.protocol.attacks, logits.shape[1], images)
+        estimate = Estimate(self.protocol.attacks, deciding(x).shape[1], images)
         for number in todo:
             torch.manual_seed(Key(self.seed).fold("unit", number).torch_seed)
             started = time.monotonic()
@@ -215,6 +222,7 @@ class Plan:
             key=Key(self.seed).fold("evaluation"),
             until_nearest=self.protocol.until_nearest,
             at_end=self.protocol.at_end,
+            look_every=self.speed.look_every,
         )
         attack = self.protocol.attacks[place]
         pursuit = Pursuit(attack, unit, deciding, searching, rules, number=place, batch_size=self.speed.batch_size)
@@ -241,8 +249,9 @@ class Plan:
             rows = ledger.merged(count)
         every = [*raised, *(flags.from_rows(rows, threat=self.threat) if self.probe else [])]
         told = [flags.as_dict(flag) for flag in every]
-        summary = {**results.summarize(rows, protocol, told), "about": protocol["about"]}
-        log = results.log(summary, protocol)
+        summary = results.summarize(rows, protocol, told)
+        summary = {**summary, "about": protocol["about"], "notes": protocol["notes"]}
+        log = results.log(summary, protocol) + "".join(f"note: {note}\n" for note in protocol["notes"])
         if ledger.path is not None and distributed.rank() == 0:
             write_json(ledger.path / "flags.json", {"flags": told})
             write_json(ledger.path / "summary.json", summary)
@@ -315,6 +324,12 @@ def evaluate(
         save_examples=save_examples,
         probe=probe,
     ).run()
+
+
+def _settings(attack: StepwiseAttack) -> str:
+    """An attack with all its settings; of another network its weights' hash."""
+    source = getattr(attack, "source", None)
+    return repr(attack) + (f" of weights {fingerprint.of_model(source)}" if isinstance(source, nn.Module) else "")
 
 
 def _devices(device: torch.device) -> Iterable[torch.device]:
