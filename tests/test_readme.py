@@ -44,7 +44,7 @@ def test_training_takes_three_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_the_step_in_a_loop_of_ones_own_takes_ten_lines() -> None:
-    snippet = snippets()[1]
+    snippet = snippets()[2]
     assert len(code_lines(snippet)) <= 10
     model = small_network()
     before = [parameter.clone() for parameter in model.parameters()]
@@ -54,3 +54,14 @@ def test_the_step_in_a_loop_of_ones_own_takes_ten_lines() -> None:
     weights = [(old, new) for old, new in zip(before, model.parameters(), strict=True) if new.dim() > 1]
     assert all(not torch.equal(old, new) for old, new in weights)
     assert torch.isfinite(names["terms"]["loss"])
+
+
+def test_evaluation_takes_three_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    snippet = snippets()[1]
+    assert len(code_lines(snippet)) == 3
+    model, x = small_network().eval(), torch.rand(6, 1, 8, 8)
+    wrong = (model(x).argmax(1) + 1) % 5  # nothing is left to attack
+    exec(snippet, {"model": model, "images": x, "labels": wrong})
+    out = capsys.readouterr().out
+    for words in ("clean 0", "robust 0", "under AutoAttack-standard, Linf(8/255)", "n = 6"):
+        assert words in out
