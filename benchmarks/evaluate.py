@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--name", default="network", help="what the network is called in the results")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     keep_freed_memory()
@@ -164,19 +164,23 @@ def report(asked: argparse.Namespace, found: dict[str, list[dict[str, Any]]], pa
         held = [place for place, (a, b) in enumerate(zip(first, runs[0]["which"], strict=True)) if a != b]
         print(f"{name}: verdict differs from torchattacks' on {len(held)} images")
     print("torchattacks' forward and backward passes an image:", *(f"{each:.0f}" for each in passes))
-    if asked.out:
+    if asked.name != "network":
         whole = {
+            "name": asked.name,
             "protocol": asked.protocol,
             "epsilon": asked.epsilon,
             "n": asked.n,
             "clean": clean,
             "threads": asked.threads,
             "median": median,
-            "runs": {k: [{key: v for key, v in r.items() if key != "which"} for r in runs] for k, runs in found.items()},
+            "runs": {
+                k: [{key: v for key, v in r.items() if key != "which"} for r in runs] for k, runs in found.items()
+            },
             "passes_an_image_of_torchattacks": passes,
             "environment": environment(),
         }
-        asked.out.write_text(json.dumps(whole, indent=2) + "\n")
+        file = f"evaluate-{asked.protocol}-{asked.name.replace(' ', '_')}.json"
+        (Path(__file__).parent / "results" / file).write_text(json.dumps(whole, indent=2) + "\n")
 
 
 if __name__ == "__main__":
