@@ -29,9 +29,9 @@ def speed() -> list[str]:
     lines = [
         "## Time against torchattacks' classes",
         "",
-        "`python benchmarks/evaluate.py`: the same network and images, both sides in one process, in turn; medians. torchattacks'",
-        "APGD, APGDT, FAB and Square are made with 100 steps, nine targets and 5,000 queries. Processor seconds are those of the",
-        "process; the machine had other work, so they say more than the clock.",
+        "`python benchmarks/evaluate.py`: the same network and images, both sides in one process, in turn; medians.",
+        "torchattacks' APGD, APGDT, FAB and Square are made with 100 steps, nine targets and 5,000 queries. Processor",
+        "seconds are those of the process; where the machine had other work, they say more than the clock.",
         "",
         "| network | protocol | n | clean | side | seconds | ratio | processor seconds | ratio | robust |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -64,10 +64,9 @@ def stability() -> list[str]:
             lines.append(f"| {what} | SIGKILL at {kills['kills']} moments | | | {kills['identical ledger']} |")
     lines += [
         "",
-        "Every one of these evaluations was recounted from its saved images in batches of 1, 17 and 250 with the same",
+        "Every one of these evaluations was recounted from its saved images in batches of 1, 17 and 250, with the",
     ]
-    lines += ["verdicts (the script stops otherwise)."]
-    return lines
+    return [*lines, "same verdicts (the script stops otherwise)."]
 
 
 def main() -> None:

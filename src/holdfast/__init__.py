@@ -12,11 +12,21 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from holdfast import recipes as recipes
+    from holdfast.attacks.apgd import APGD as APGD
+    from holdfast.attacks.apgd_l1 import APGDL1 as APGDL1
+    from holdfast.attacks.carlini_wagner import CarliniWagnerL2 as CarliniWagnerL2
     from holdfast.attacks.class_start import ClassStartFGSM as ClassStartFGSM
     from holdfast.attacks.collaborative import CollaborativePGD as CollaborativePGD
+    from holdfast.attacks.fab import FAB as FAB
     from holdfast.attacks.fgsm import FGSM as FGSM
+    from holdfast.attacks.iterative import IterativeGradient as IterativeGradient
+    from holdfast.attacks.mim import MIM as MIM
+    from holdfast.attacks.multi_targeted import MultiTargeted as MultiTargeted
+    from holdfast.attacks.noise import UniformNoise as UniformNoise
     from holdfast.attacks.pgd import PGD as PGD
     from holdfast.attacks.prior_guided import PriorGuidedFGSM as PriorGuidedFGSM
+    from holdfast.attacks.square import Square as Square
+    from holdfast.attacks.transfer import Transfer as Transfer
     from holdfast.averages.ema import EMA as EMA
     from holdfast.averages.interpolation import Interpolation as Interpolation
     from holdfast.averages.swa import SWA as SWA
@@ -25,7 +35,11 @@ if TYPE_CHECKING:
     from holdfast.data.mixing import MixUp as MixUp
     from holdfast.data.sources import load as load_data
     from holdfast.errors import HoldfastError as HoldfastError
+    from holdfast.evaluation.networks import Speed as Speed
+    from holdfast.evaluation.protocols import Options as Options
+    from holdfast.evaluation.protocols import of_attacks as of_attacks
     from holdfast.evaluation.robustness import evaluate as evaluate
+    from holdfast.evaluation.verified import recount as recount
     from holdfast.forward import Batch as Batch
     from holdfast.forward import View as View
     from holdfast.further_network import FurtherNetwork as FurtherNetwork
@@ -126,6 +140,20 @@ _PLACES = {
     "StartConsistency": ("objectives.start_consistency", "StartConsistency"),
     "Free": ("steps.free", "Free"),
     "LearnableStrategy": ("steps.learnable_strategy", "LearnableStrategy"),
+    "APGD": ("attacks.apgd", "APGD"),
+    "APGDL1": ("attacks.apgd_l1", "APGDL1"),
+    "CarliniWagnerL2": ("attacks.carlini_wagner", "CarliniWagnerL2"),
+    "FAB": ("attacks.fab", "FAB"),
+    "IterativeGradient": ("attacks.iterative", "IterativeGradient"),
+    "MIM": ("attacks.mim", "MIM"),
+    "MultiTargeted": ("attacks.multi_targeted", "MultiTargeted"),
+    "UniformNoise": ("attacks.noise", "UniformNoise"),
+    "Square": ("attacks.square", "Square"),
+    "Transfer": ("attacks.transfer", "Transfer"),
+    "Speed": ("evaluation.networks", "Speed"),
+    "Options": ("evaluation.protocols", "Options"),
+    "of_attacks": ("evaluation.protocols", "of_attacks"),
+    "recount": ("evaluation.verified", "recount"),
 }
 
 __all__ = [  # noqa: RUF022 - in the order of use, not of the alphabet
@@ -135,6 +163,10 @@ __all__ = [  # noqa: RUF022 - in the order of use, not of the alphabet
     "load_model",
     "build_model",
     "evaluate",
+    "recount",
+    "Speed",
+    "Options",
+    "of_attacks",
     "Settings",
     "Recipe",
     "AdversarialStep",
@@ -150,6 +182,16 @@ __all__ = [  # noqa: RUF022 - in the order of use, not of the alphabet
     "CollaborativePGD",
     "PriorGuidedFGSM",
     "ClassStartFGSM",
+    "IterativeGradient",
+    "MIM",
+    "APGD",
+    "APGDL1",
+    "FAB",
+    "Square",
+    "MultiTargeted",
+    "CarliniWagnerL2",
+    "Transfer",
+    "UniformNoise",
     "Free",
     "LearnableStrategy",
     "IDBH",

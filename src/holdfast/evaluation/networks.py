@@ -173,7 +173,7 @@ class Searching:
 
     def _logits(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         laid = x.to(self.dtype, memory_format=torch.channels_last)
-        # A model may write into its input, so it gets a copy; but a compiled one must be given a leaf without a warning.
+        # A model may write into its input, so it gets a copy; a compiled one must be given a leaf, or it warns.
         logits = network(laid if self.compiled else laid.clone())
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise HoldfastError("the model must return logits (B, K): return one row of logits an image")
