@@ -4,7 +4,7 @@
 
 Both sides attack the same network on the same images in one process, in turn, several times; the table gives medians.
 torchattacks' AutoAttack class runs ten steps: here its APGD, APGDT, FAB and Square are made with 100 steps, nine
-targets and 5,000 queries without rescaled schedule, and run one after the other on what is left, as its AutoAttack does.
+targets and 5,000 queries without rescaled schedule, and run one after the other on what is left, as AutoAttack does.
 
 `torchattacks` must be importable (an environment of its own, or PYTHONPATH); it is no dependency of Holdfast.
 """

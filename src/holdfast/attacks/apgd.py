@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -40,6 +41,15 @@ def checkpoints(steps: int) -> list[int]:
         window = max(window - shrink, least)
         at += window
     return found
+
+
+@cache
+def checkpoint_windows(steps: int, device: torch.device) -> Tensor:
+    """By the number of steps taken: how many since the last checkpoint, at a checkpoint, else 0; (steps + 2,)."""
+    windows, before = torch.zeros(steps + 2), 0
+    for at in checkpoints(steps):
+        windows[at], before = at - before, at
+    return windows.to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +160,7 @@ class APGD(StepwiseAttack):
 
     def _look_back(self, state: State, done: Tensor) -> tuple[State, Tensor]:
         """What a checkpoint changes in the rows that are at one, and which of them go back to their best point."""
-        windows = torch.zeros(self.steps + 2, device=done.device)
-        before = 0
-        for at in checkpoints(self.steps):
-            windows[at], before = at - before, at
-        window = windows[done.clamp_max(self.steps + 1)]
+        window = checkpoint_windows(self.steps, done.device)[done.clamp_max(self.steps + 1)]
         here = window > 0
         stuck = state["growths"] <= self.rho * window
         stuck |= state["kept"] & (state["best_loss_before"] >= state["best_loss"])

@@ -96,7 +96,7 @@ class Square(StepwiseAttack):
     def _sides(self, step: Tensor, x: Tensor, *, odd: bool) -> Tensor:
         """The window's side, (R,)."""
         queries = 10000 if self.rescale else self.queries
-        table = window_sides(queries, self.first_share, x.shape[2], x.shape[3], odd=odd).to(step.device)
+        table = window_sides(queries, self.first_share, x.shape[2], x.shape[3], odd=odd, device=step.device)
         place = (step * 10000) // self.queries if self.rescale else step
         return table[place.clamp_max(len(table) - 1)]
 

@@ -19,7 +19,9 @@ def signs(key: Key, identity: Tensor, count: int, dtype: torch.dtype = torch.flo
 
 
 @cache
-def window_sides(queries: int, first_share: float, height: int, width: int, *, odd: bool) -> Tensor:
+def window_sides(
+    queries: int, first_share: float, height: int, width: int, *, odd: bool, device: torch.device | str = "cpu"
+) -> Tensor:
     """The side of the window at every query, (queries,).
 
     The share of the image falls by halves after 10, 50, 200, … queries. Windows of L2 and L1 have an odd side of at
@@ -35,7 +37,7 @@ def window_sides(queries: int, first_share: float, height: int, width: int, *, o
         side = max(round(math.sqrt(share * height * width)), 3 if odd else 1)
         side += odd and side % 2 == 0
         sides.append(min(side, height, width))
-    return torch.tensor(sides)
+    return torch.tensor(sides, device=device)
 
 
 def corners(key: Key, identity: Tensor, side: Tensor, x: Tensor) -> Tensor:
