@@ -3,13 +3,14 @@
     python benchmarks/crosscheck.py RUN --data SOURCE --epsilon 8/255 [--norm L2] [--n 500] [--seeds 3] [--queries 1000]
         [--attacks pgd,apgd-ce,apgd-dlr,apgd-t,fab-t,square] [--with foolbox,art,torchattacks] [--name NAME]
 
-Both sides attack the same network on the same images with equal settings. What the other library returns is judged here:
-an image is broken if its point is misclassified and lies in the ball. The result goes into
-benchmarks/results/crosscheck-NAME-NORM-EPSILON.json; a later call adds its attacks to the same file.
+Both sides attack the same network on the same images with equal settings; images that are misclassified unattacked are
+left out on both sides. What the other library returns is judged here: an image is broken if its point is misclassified
+and lies in the ball. The result goes into benchmarks/results/crosscheck-NAME-NORM-EPSILON.json; a later call adds its
+attacks to the same file.
 
 foolbox and ART are the extra `crosscheck`; `torchattacks` must be importable (an environment of its own, or
-PYTHONPATH). None is a dependency of Holdfast. torchattacks' AutoAttack class runs ten steps: here its APGD, APGDT, FAB and
-Square are made with 100 steps, nine targets and an unscaled schedule.
+PYTHONPATH). None is a dependency of Holdfast. torchattacks' AutoAttack class runs ten steps: here its APGD, APGDT, FAB
+and Square are made with 100 steps, nine targets and an unscaled schedule.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from holdfast.attacks.apgd import APGD
 from holdfast.attacks.fab import FAB
 from holdfast.attacks.iterative import IterativeGradient
 from holdfast.attacks.square import Square
-from holdfast.attacks.stepwise import Answer, Rows, StepwiseAttack
+from holdfast.attacks.stepwise import Answer, Rows, State, StepwiseAttack
 from holdfast.errors import HoldfastError, unknown_name
 from holdfast.evaluation import fingerprint
 from holdfast.evaluation.inputs import as_inputs, chosen
@@ -54,13 +55,14 @@ ONE_IN = 500  # the bound: no more than one image in so many
 
 
 class Case(NamedTuple):
-    """What both sides attack."""
+    """What both sides attack: of n images those that are classified correctly."""
 
     model: nn.Module
     x: Tensor
     y: Tensor
     threat: ThreatModel
     queries: int
+    n: int
 
 
 class Visits(nn.Module):
@@ -68,11 +70,11 @@ class Visits(nn.Module):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.case = case
+        self.model, self.case = case.model, case
         self.broken = torch.zeros_like(case.y, dtype=torch.bool)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.case.model(x)
+        logits = self.model(x)
         if len(x) == len(self.broken):
             wrong = logits.detach().argmax(1) != self.case.y
             self.broken |= wrong & self.case.threat.contains(x.detach(), self.case.x)
@@ -108,19 +110,19 @@ def ours(case: Case, name: str, seed: int) -> Tensor:
     return torch.tensor([row["verdict"] == "robust" for row in found.rows])
 
 
-def end_points(case: Case, attack: StepwiseAttack) -> Tensor:
-    """Where Holdfast's attack ends if no success stops it, (N, C, H, W)."""
-    nothing = torch.full_like(case.y, -1)
-    rows = Rows(case.x, case.y, nothing, torch.arange(len(case.y)))
+def unstopped(case: Case, attack: StepwiseAttack, passes: int, target: Tensor | None = None) -> State:
+    """What Holdfast's attack has come to after so many passes if no success stops it."""
+    target = torch.full_like(case.y, -1) if target is None else target
+    rows = Rows(case.x, case.y, target, torch.arange(len(case.y)))
     key = Key(0)
     state = attack.start(rows, case.threat, key)
-    for _ in range(PGD_STEPS):
+    for _ in range(passes):
         point = state["point"].detach().requires_grad_(True)
         logits = case.model(point)
         loss = attack.loss(logits, rows)
         (gradient,) = torch.autograd.grad(loss.sum(), point)
         state = attack.advance(state, rows, Answer(logits.detach(), loss.detach(), gradient), case.threat, key)
-    return state["point"]
+    return state
 
 
 def by_foolbox(model: nn.Module, case: Case, name: str, seed: int) -> Tensor:
@@ -131,7 +133,7 @@ def by_foolbox(model: nn.Module, case: Case, name: str, seed: int) -> Tensor:
 
     kind = {"Linf": foolbox.attacks.LinfPGD, "L2": foolbox.attacks.L2PGD}[case.threat.norm]
     attack = kind(rel_stepsize=0.25, steps=PGD_STEPS, random_start=False)
-    wrapped = foolbox.PyTorchModel(model.eval(), bounds=(0, 1))
+    wrapped = foolbox.models.PyTorchModel(model.eval(), bounds=(0, 1))
     return attack.run(wrapped, case.x, foolbox.criteria.Misclassification(case.y), epsilon=case.threat.epsilon)
 
 
@@ -167,11 +169,12 @@ def by_torchattacks(model: nn.Module, case: Case, name: str, seed: int) -> Tenso
         kind = torchattacks.PGD if norm == "Linf" else torchattacks.PGDL2
         return kind(model, eps=epsilon, alpha=epsilon / 4, steps=PGD_STEPS, random_start=False)(case.x, case.y)
     own = {"eps": epsilon, "norm": norm, "seed": seed, "n_restarts": 1}
+    classes = min(TARGETS + 1, case.model(case.x[:1]).shape[1])
     made: dict[str, Callable[[], Any]] = {
         "apgd-ce": lambda: torchattacks.APGD(model, steps=STEPS, loss="ce", **own),
         "apgd-dlr": lambda: torchattacks.APGD(model, steps=STEPS, loss="dlr", **own),
-        "apgd-t": lambda: torchattacks.APGDT(model, steps=STEPS, n_classes=TARGETS + 1, **own),
-        "fab-t": lambda: torchattacks.FAB(model, steps=STEPS, multi_targeted=True, n_classes=TARGETS + 1, **own),
+        "apgd-t": lambda: torchattacks.APGDT(model, steps=STEPS, n_classes=classes, **own),
+        "fab-t": lambda: torchattacks.FAB(model, steps=STEPS, multi_targeted=True, n_classes=classes, **own),
         "square": lambda: torchattacks.Square(model, n_queries=case.queries, resc_schedule=False, **own),
     }
     return made[name]()(case.x, case.y)
@@ -183,16 +186,15 @@ THEIRS = {"foolbox": by_foolbox, "art": by_art, "torchattacks": by_torchattacks}
 @torch.no_grad()
 def judged(case: Case, found: Tensor) -> tuple[Tensor, int]:
     """Which images survive the points that a library returned, and how many points lie outside the ball."""
-    correct = case.model(case.x).argmax(1) == case.y
     inside = case.threat.contains(found, case.x)
-    return correct & ~((case.model(found).argmax(1) != case.y) & inside), int((~inside).sum())
+    return ~((case.model(found).argmax(1) != case.y) & inside), int((~inside).sum())
 
 
 def interval(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Of the mean difference of paired images: Bonett and Price's, with one more pair for either side.
 
-    With one seed it is `holdfast.evaluation.statistics.difference_interval`; with several, an image's difference is that
-    of its shares of seeds.
+    With one seed it is `holdfast.evaluation.statistics.difference_interval`; with several, an image's difference is
+    that of its shares of seeds.
 
     Example:
         >>> [round(bound, 4) for bound in interval([1.0] * 26 + [-1.0] * 4 + [0.0] * 18)]
@@ -204,29 +206,29 @@ def interval(differences: Sequence[float], confidence: float = 0.95) -> tuple[fl
     return mean(padded) - spread, mean(padded) + spread
 
 
-def compare(case: Case, name: str, library: str, own: Sequence[Tensor]) -> dict[str, Any]:
-    """One attack against one library; `own` holds what Holdfast leaves robust, seed by seed."""
+def compare(case: Case, name: str, library: str, own: Sequence[Tensor], ends: Tensor | None) -> dict[str, Any]:
+    """One attack against one library; `own` holds what Holdfast leaves robust, seed by seed, `ends` where it ends."""
     theirs, last, outside, same = [], [], 0, None
     for seed in range(len(own)):
-        noting = Visits(case) if name == "pgd" else None  # the others return any success that they visit
+        noting = None if ends is None else Visits(case).eval()  # other attacks return any success that they visit
         found = THEIRS[library](noting or case.model, case, name, seed).detach()
         robust, beyond = judged(case, found)
         outside += beyond
         last.append(int(robust.sum()))
-        if noting is not None:
+        if noting is not None and ends is not None:
             robust &= ~noting.broken
-            apart = (found - end_points(case, our_attack(name, case.queries))).abs().flatten(1).amax(1)
-            same = int((apart <= SAME).sum())
+            same = int(((found - ends).abs().flatten(1).amax(1) <= SAME).sum())
         theirs.append(robust)
-    per_image = torch.stack(own).double().mean(0) - torch.stack(theirs).double().mean(0)
-    n = len(case.y)
-    bounds = interval(per_image.tolist())
+    per_image = torch.stack(tuple(own)).double().mean(0) - torch.stack(theirs).double().mean(0)
+    n = case.n
+    bounds = interval([*per_image.tolist(), *[0.0] * (n - len(case.y))])
     difference = mean(float(each.sum()) for each in own) - mean(float(each.sum()) for each in theirs)
     return {
         "attack": name,
         "ours": our_attack(name, case.queries).name,
         "with": library,
         "n": n,
+        "correct": len(case.y),
         "seeds": len(own),
         "queries": case.queries if name == "square" else None,
         "robust_ours": [int(each.sum()) for each in own],
@@ -246,8 +248,9 @@ def compare(case: Case, name: str, library: str, own: Sequence[Tensor]) -> dict[
 def table(found: dict[str, Any]) -> str:
     """All comparisons of a file."""
     lines = [
-        "| attack | with | n | robust, ours | robust, theirs | only theirs broke | only ours broke | difference (95 %) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| attack | with | n | correct | robust, ours | robust, theirs | only theirs broke | only ours broke"
+        " | difference (95 %) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
 
     def listed(counts: Sequence[int]) -> str:
@@ -255,10 +258,21 @@ def table(found: dict[str, Any]) -> str:
 
     for one in found["compared"]:
         low, high = one["interval_in_images"]
-        cells = [one["ours"], one["with"], str(one["n"]), listed(one["robust_ours"]), listed(one["robust_theirs"])]
+        cells = [one["ours"], one["with"], str(one["n"]), str(one["correct"])]
+        cells += [listed(one["robust_ours"]), listed(one["robust_theirs"])]
         cells += [listed(one["only_theirs_broke"]), listed(one["only_ours_broke"])]
         cells.append(f"{one['difference_in_images']:+.1f} [{low:+.1f}, {high:+.1f}]")
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def points(found: dict[str, Any]) -> str:
+    """Of PGD: robust by any point that is visited and by the one that is returned, and how many end where ours ends."""
+    lines = ["| with | correct | robust, any point | robust, last point | same last point |", "|---|---|---|---|---|"]
+    for one in found["compared"]:
+        if one["same_end_point"] is not None:
+            counts = (one["correct"], one["robust_theirs"][0], one["robust_theirs_returned"][0], one["same_end_point"])
+            lines.append(f"| {one['with']} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines)
 
 
@@ -310,10 +324,10 @@ def main() -> None:
     data = load_data(given.data)
     threat = build_threat(given.norm, given.epsilon)
     x, y, _ = chosen(as_inputs(model, data.test), given.n).part(slice(None))
-    case = Case(model, x, y, threat, given.queries)
     libraries = words(given.libraries, tuple(OFFERED), "library")
     with torch.no_grad():
-        clean = int((model(x).argmax(1) == y).sum())
+        correct = model(x).argmax(1) == y
+    case = Case(model, x[correct], y[correct], threat, given.queries, len(y))
     head = {
         "network": given.name or Path(given.run).name,
         "weights": fingerprint.of_model(model),
@@ -321,7 +335,6 @@ def main() -> None:
         "images": fingerprint.of_images(*as_inputs(model, data.test).whole),
         "norm": threat.norm,
         "epsilon": threat.epsilon,
-        "clean": {str(len(y)): clean},
         "versions": {
             "holdfast": holdfast.__version__,
             "python": platform.python_version(),
@@ -334,10 +347,11 @@ def main() -> None:
         with_it = [library for library in libraries if name in OFFERED[library]]
         if with_it:
             own = [ours(case, name, seed) for seed in range(given.seeds if name in DRAWN else 1)]
+            ends = unstopped(case, our_attack(name, given.queries), PGD_STEPS)["point"] if name == "pgd" else None
             for library in with_it:
-                found = added(file, head, [compare(case, name, library, own)])
+                found = added(file, head, [compare(case, name, library, own, ends)])
                 file.write_text(json.dumps(found, indent=2) + "\n")
-    print(f"{head['network']}, {threat}, clean {clean} of {len(y)}\n\n{table(json.loads(file.read_text()))}")
+    print(f"{head['network']}, {threat}\n\n{table(json.loads(file.read_text()))}")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from holdfast.attacks.stepwise import (
     choose,
     column,
     positive_counts,
+    random_direction,
     require_norm,
 )
 from holdfast.errors import HoldfastError
-from holdfast.keyed_random import Key, normal, uniform
+from holdfast.keyed_random import Key
 from holdfast.threat import ThreatModel
 
 LABELS = {"ce": "APGD-CE", "dlr": "APGD-DLR", "targeted_dlr": "APGD-T"}
@@ -115,7 +116,7 @@ class APGD(StepwiseAttack):
         return LOSSES[self.objective](logits, rows)
 
     def start(self, rows: Rows, threat: ThreatModel, key: Key) -> State:
-        point = threat.clamp(rows.x + threat.epsilon * _outward(rows, threat, key.fold("start")))
+        point = threat.clamp(rows.x + threat.epsilon * random_direction(rows, threat, key.fold("start")))
         nothing = torch.zeros_like(rows.x)
         zero = rows.x.new_zeros(len(rows.y))
         return {
@@ -186,13 +187,3 @@ class APGD(StepwiseAttack):
         alpha = column(torch.where(first, 1.0, 0.75), x)
         upward = threat.project(here + column(size, x) * threat.steepest(gradient), x)
         return threat.project(here + alpha * (upward - here) + (1 - alpha) * (here - previous), x)
-
-
-def _outward(rows: Rows, threat: ThreatModel, key: Key) -> Tensor:
-    """A random direction whose length in the threat model's norm is 1, (R, C, H, W)."""
-    shape = rows.x.shape[1:]
-    if threat.norm == "Linf":
-        noise = 2 * uniform(key, rows.draw, shape, dtype=rows.x.dtype) - 1
-    else:
-        noise = normal(key, rows.draw, shape, dtype=rows.x.dtype)
-    return noise / column(threat.length(noise).clamp_min(1e-12), noise)

@@ -14,12 +14,12 @@ from holdfast.attacks.stepwise import (
     State,
     StepwiseAttack,
     choose,
-    column,
     is_restart,
     positive_counts,
+    random_direction,
 )
 from holdfast.functional import logit_difference, margin
-from holdfast.keyed_random import Key, normal, uniform
+from holdfast.keyed_random import Key
 from holdfast.threat import ThreatModel
 
 
@@ -93,7 +93,7 @@ class FAB(StepwiseAttack):
     def start(self, rows: Rows, threat: ThreatModel, key: Key) -> State:
         point = rows.x
         if self.restarts > 1:
-            noise = _noise(rows, threat, key.fold("start"))
+            noise = random_direction(rows, threat, key.fold("start"))
             point = torch.where(is_restart(rows), threat.clamp(rows.x + 0.5 * threat.epsilon * noise), rows.x)
         return {"point": point, "linearises": torch.ones_like(rows.y, dtype=torch.bool)}
 
@@ -144,13 +144,3 @@ def _part(answer: Answer, some: Tensor) -> Answer:
     """The answer about some rows."""
     assert answer.gradient is not None  # it is asked for
     return Answer(answer.logits[some], answer.loss[some], answer.gradient[some])
-
-
-def _noise(rows: Rows, threat: ThreatModel, key: Key) -> Tensor:
-    """A random change of length 1."""
-    shape = rows.x.shape[1:]
-    if threat.norm == "Linf":
-        noise = 2 * uniform(key, rows.draw, shape, dtype=rows.x.dtype) - 1
-    else:
-        noise = normal(key, rows.draw, shape, dtype=rows.x.dtype)
-    return noise / column(threat.length(noise).clamp_min(1e-12), noise)

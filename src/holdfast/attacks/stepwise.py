@@ -17,7 +17,7 @@ from torch import Tensor
 
 from holdfast.errors import HoldfastError
 from holdfast.functional import cross_entropy, dlr, logit_difference, margin, targeted_dlr
-from holdfast.keyed_random import Key
+from holdfast.keyed_random import Key, normal, uniform
 from holdfast.threat import ThreatModel
 
 State = dict[str, Tensor]
@@ -167,6 +167,16 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 def choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """Row by row, one or the other."""
     return torch.where(column(condition, yes), yes, no)
+
+
+def random_direction(rows: Rows, threat: ThreatModel, key: Key) -> Tensor:
+    """A random direction whose length in the threat model's norm is 1, (R, C, H, W)."""
+    shape = rows.x.shape[1:]
+    if threat.norm == "Linf":
+        noise = 2 * uniform(key, rows.draw, shape, dtype=rows.x.dtype) - 1
+    else:
+        noise = normal(key, rows.draw, shape, dtype=rows.x.dtype)
+    return noise / column(threat.length(noise).clamp_min(1e-12), noise)
 
 
 def likely_targets(logits: Tensor, y: Tensor, count: int) -> Tensor:
