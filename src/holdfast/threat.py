@@ -219,7 +219,8 @@ class L1(ThreatModel):
 
     Projection finds the nearest point of ball and bounds together: pixels move by
     :math:`\mathrm{clip}(\mathrm{sign}(d)\,(|d| - \lambda)_+)` with the smallest :math:`\lambda \ge 0` that fits, found
-    by bisection (the clipped length falls monotonically in :math:`\lambda`).
+    by bisection (the clipped length falls monotonically in :math:`\lambda`). Points end inside the ball by a hair, eight
+    units of rounding of its radius, so that rounding the sum of an image and its change does not lead outside.
 
     Source: Croce and Hein, ICML 2021, arXiv:2103.01208, on why ball and bounds must be projected on together.
 
@@ -251,6 +252,7 @@ class L1(ThreatModel):
         below = torch.zeros_like(delta[:, :1])
         above = delta.abs().amax(1, keepdim=True)
         limit = radius.view(-1, 1) if isinstance(radius, Tensor) else radius
+        limit = limit * (1 - 8 * torch.finfo(x.dtype).eps)  # or adding and subtracting x would leave some rows outside
         fits = shrink(below).abs().sum(1, keepdim=True) <= limit
         for _ in range(60 if x.dtype == torch.float64 else 32):
             middle = (below + above) / 2

@@ -573,3 +573,14 @@ def test_compiled_search_finds_the_same(model: nn.Module, monkeypatch: pytest.Mo
     assert model not in made
     plain = short(model, speed=Speed(batch_size=32), count=16)
     assert [row["verdict"] for row in compiled.rows] == [row["verdict"] for row in plain.rows]
+
+
+@pytest.mark.parametrize("threat", [Linf("8/255"), L2("1/2"), L2("3/1"), L1("12/1"), L1("60/1")], ids=str)
+@pytest.mark.parametrize("scale", [0.05, 1.0])
+def test_no_projected_point_leaves_the_ball_by_rounding(threat: ThreatModel, scale: float) -> None:
+    """In float32 at CIFAR's size: a point that fails the test of distance would be a success thrown away."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(32, 3, 32, 32, generator=generator)
+    point = threat.project(x + scale * torch.randn(x.shape, generator=generator), x)
+    assert bool(threat.contains(point, x).all())
+    assert float(threat.length(point - x).max()) > 0.7 * threat.epsilon or threat.norm == "L2"
