@@ -133,7 +133,7 @@ def by_foolbox(model: nn.Module, case: Case, name: str, seed: int) -> Tensor:
 
     kind = {"Linf": foolbox.attacks.LinfPGD, "L2": foolbox.attacks.L2PGD}[case.threat.norm]
     attack = kind(rel_stepsize=0.25, steps=PGD_STEPS, random_start=False)
-    wrapped = foolbox.models.PyTorchModel(model.eval(), bounds=(0, 1))
+    wrapped = foolbox.models.pytorch.PyTorchModel(model.eval(), bounds=(0, 1))
     return attack.run(wrapped, case.x, foolbox.criteria.Misclassification(case.y), epsilon=case.threat.epsilon)
 
 

@@ -29,7 +29,7 @@ from holdfast.runs.environment import environment
 def command(asked: argparse.Namespace, out: Path, *, batch_size: int, processes: int = 1) -> list[str]:
     """`holdfast evaluate` with these settings."""
     words = ["-m", "holdfast", "evaluate", asked.run, "--data", asked.data, "--epsilon", asked.epsilon]
-    words += ["--attack", asked.attack, "--n", str(asked.n), "--unit", str(asked.unit), "--save-examples"]
+    words += ["--attack", asked.attack, "--images", str(asked.n), "--unit", str(asked.unit), "--save-examples"]
     words += ["--batch-size", str(batch_size), "--out", str(out)]
     if processes == 1:
         return [sys.executable, *words]

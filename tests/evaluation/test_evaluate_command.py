@@ -146,7 +146,8 @@ def test_refused(
 def test_two_processes_share_the_units(subject: list, tmp_path: Path) -> None:
     """The same ledger as one process, times aside."""
     begin = [sys.executable, "-m"]
-    words = ["evaluate", *subject, "--weights", tmp_path / "net.pt", "--steps", 5, "--unit", 7, "--save-examples"]
+    words = ["evaluate", *subject, "--weights", tmp_path / "net.pt", "--steps", 5, "--images", 30]
+    words += ["--unit", 7, "--save-examples"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = {
         "one": [*begin, "holdfast", *words],

@@ -32,7 +32,14 @@ def parser() -> Parser:
     known.add_argument("--weights", metavar="FILE", help="weights for file.py:function (.safetensors, .pt, .pth)")
     known.add_argument("--data", metavar="SOURCE", help="other images than the run's test set")
     known.add_argument("--image-size", type=positive, metavar="N", help="resize images of a folder or Parquet to NxN")
-    known.add_argument("--n", type=positive, metavar="N", help="only so many images, by a fixed draw (all)")
+    known.add_argument(
+        "--n",
+        "--images",
+        dest="n",
+        type=positive,
+        metavar="N",
+        help="only so many images, by a fixed draw (all); torchrun takes --n for its own, so there write --images",
+    )
     known.add_argument(
         "--attack",
         metavar="NAME",
