@@ -252,7 +252,7 @@ class L1(ThreatModel):
         below = torch.zeros_like(delta[:, :1])
         above = delta.abs().amax(1, keepdim=True)
         limit = radius.view(-1, 1) if isinstance(radius, Tensor) else radius
-        limit = limit * (1 - 8 * torch.finfo(x.dtype).eps)  # or adding and subtracting x would leave some rows outside
+        limit = limit * (1 - 8 * torch.finfo(x.dtype).eps)  # else rounding leaves some rows outside
         fits = shrink(below).abs().sum(1, keepdim=True) <= limit
         for _ in range(60 if x.dtype == torch.float64 else 32):
             middle = (below + above) / 2
