@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -179,7 +180,7 @@ def report(asked: argparse.Namespace, found: dict[str, list[dict[str, Any]]], pa
             "passes_an_image_of_torchattacks": passes,
             "environment": environment(),
         }
-        file = f"evaluate-{asked.protocol}-{asked.name.replace(' ', '_')}.json"
+        file = f"evaluate-{asked.protocol}-{re.sub(r'[^0-9A-Za-z]+', '_', asked.name).strip('_')}.json"
         (Path(__file__).parent / "results" / file).write_text(json.dumps(whole, indent=2) + "\n")
 
 

@@ -219,8 +219,8 @@ class L1(ThreatModel):
 
     Projection finds the nearest point of ball and bounds together: pixels move by
     :math:`\mathrm{clip}(\mathrm{sign}(d)\,(|d| - \lambda)_+)` with the smallest :math:`\lambda \ge 0` that fits, found
-    by bisection (the clipped length falls monotonically in :math:`\lambda`). Points end inside the ball by a hair, eight
-    units of rounding of its radius, so that rounding the sum of an image and its change does not lead outside.
+    by bisection (the clipped length falls monotonically in :math:`\lambda`). Points end inside the ball by a hair,
+    eight units of rounding of its radius, so that rounding the sum of an image and its change does not lead outside.
 
     Source: Croce and Hein, ICML 2021, arXiv:2103.01208, on why ball and bounds must be projected on together.
 
