@@ -430,7 +430,7 @@ def test_a_damaged_model(name: str, damaged: Path, capsys: pytest.CaptureFixture
         file.write_bytes(bad)
         message = refused(capsys, "evaluate", damaged, "--steps", 2)
         assert str(file) in message
-        assert "restore it or train anew" in message or "differ; give the same" in message
+        assert "anew" in message or "differ; give the same" in message
     file.unlink()
     message = refused(capsys, "evaluate", damaged, "--steps", 2)
     assert "is missing" in message

@@ -199,3 +199,16 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         return difference
     first = logits.topk(min(4, logits.shape[1]), dim=1).values
     return difference / (first[:, 0] - (first[:, 2] + first[:, -1]) / 2 + 1e-12)
+
+
+def misclassified(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether the largest logit is not that of y; a row with NaN or infinite logits is misclassified, (B,) bool.
+
+    Shapes:
+        logits: (B, K); y: (B,).
+
+    Example:
+        >>> misclassified(torch.tensor([[2.0, 1.0], [torch.nan, 0.0]]), torch.tensor([0, 0])).tolist()
+        [False, True]
+    """
+    return (logits.argmax(1) != y) | ~torch.isfinite(logits).all(1)

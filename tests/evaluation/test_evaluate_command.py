@@ -76,6 +76,28 @@ def test_saved_examples_are_recounted(subject: list, tmp_path: Path, capsys: pyt
     assert "evaluate with --save-examples" in capsys.readouterr().err
 
 
+def test_a_curve_beside_single_evaluations(subject: list, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Each has a folder of its own: neither stands in the other's way."""
+    monkeypatch.chdir(tmp_path)
+    begin = [*subject[:-1], "8/255", "--weights", "net.pt", "--steps", 3]
+    assert command("evaluate", *begin) == 0
+    begin[4] = "4/255,8/255,12/255"
+    capsys.readouterr()
+    assert command("evaluate", *begin, "--json") == 0
+    accuracy = [each["robust_accuracy"] for each in json.loads(told(capsys))["evaluations"]]
+    assert accuracy == sorted(accuracy, reverse=True)
+    begin[4] = "12/255"
+    assert command("evaluate", *begin) == 0
+    begin[4] = "4/255,8/255,12/255"
+    assert command("evaluate", *begin) == 0
+    assert "robust" in told(capsys)
+
+
+def test_a_folder_with_py_in_its_name_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("evaluate", tmp_path / "my.python" / "run", "--steps", 2) == 2
+    assert "holds no trained model" in capsys.readouterr().err
+
+
 def test_strict_fails_on_any_flag(subject: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*subject, "--weights", tmp_path / "net.pt", "--steps", 2, "--out", tmp_path / "e", "--strict"]
     assert command("evaluate", *words) == 1

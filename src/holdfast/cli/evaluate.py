@@ -135,9 +135,9 @@ def measure(asked: Namespace) -> list[Result]:
     model = subject.model.to(device)
     inputs = chosen(as_inputs(model, subject.data.test), asked.n)
     inputs = inputs.called(subject.name, subject.data.name, subject.data.classes, subject.about)
-    threats = [subject.threat(asked.norm, radius) for radius in radii]
+    threats = sorted((subject.threat(asked.norm, radius) for radius in radii), key=lambda each: each.epsilon)
     found: list[Result] = []
-    for threat in sorted(threats, key=lambda each: each.epsilon):
+    for threat in threats:
         found.append(
             Plan(
                 model=model,
@@ -147,7 +147,7 @@ def measure(asked: Namespace) -> list[Result]:
                 seed=asked.seed,
                 unit=asked.unit,
                 speed=speed(asked, device),
-                path=folder(asked, subject, threat, len(inputs.y), many=len(radii) > 1),
+                path=folder(asked, subject, threat, threats, len(inputs.y)),
                 save_examples=asked.save_examples or len(radii) > 1,
                 carried=found[-1] if found else None,
                 display=LiveDisplay() if distributed.rank() == 0 else Display(),
@@ -205,13 +205,15 @@ def speed(asked: Namespace, device: Any) -> Any:
     return Speed(precision=precision, compile=asked.compile, batch_size=asked.batch_size)
 
 
-def folder(asked: Namespace, subject: Subject, threat: ThreatModel, n: int, *, many: bool) -> Path:
-    """Where an evaluation lies; its name tells evaluations of one run apart."""
+def folder(asked: Namespace, subject: Subject, threat: ThreatModel, threats: Sequence[ThreatModel], n: int) -> Path:
+    """Where an evaluation lies; its name tells evaluations of one run apart, and those of a curve lie together."""
     from holdfast.threat import readable
 
-    radius = f"{threat.norm}-{readable(threat.epsilon)}".lower().replace("/", "_")
+    many = len(threats) > 1
+    own = f"epsilon-{readable(threat.epsilon)}".replace("/", "_")
     if asked.out:
-        return Path(asked.out) / radius if many else Path(asked.out)
+        return Path(asked.out) / own if many else Path(asked.out)
+    radius = f"{threat.norm}-{'+'.join(readable(each.epsilon) for each in threats)}".lower()
     words = [asked.attack.replace(",", "+")]
     words += [f"{name}{value}" for name, value in (("", asked.steps), ("x", asked.restarts)) if value]
     words += [f"step{asked.step_size}"] if asked.step_size else []
@@ -220,5 +222,9 @@ def folder(asked: Namespace, subject: Subject, threat: ThreatModel, n: int, *, m
     words += [asked.checkpoint] if subject.description else []
     name = re.sub(r"[^\w.+-]", "_", "-".join(words).lower())
     if subject.description:
-        return Path(asked.run) / "evaluations" / name
-    return Path("evaluations") / f"{Path(asked.run.partition(':')[0]).stem}-{name}"
+        whole = Path(asked.run) / "evaluations" / name
+    else:
+        file, _, function = asked.run.rpartition(":")
+        weights = f"-{Path(asked.weights).stem}" if asked.weights else ""
+        whole = Path("evaluations") / f"{Path(file).stem}-{function}{weights}-{name}"
+    return whole / own if many else whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def load_subject(
     Raises:
         HoldfastError: any of it is missing, damaged or does not fit.
     """
-    if ".py" in source:
+    if names_a_file(source):
         return _from_file(source, weights, data, image_size)
     if weights is not None:
         raise HoldfastError(f"--weights goes with file.py:function, and {source} has its own: leave it out")
@@ -89,6 +90,16 @@ def load_subject(
     found = load(str(data), image_size=image_size)
     require_fit(found, description)
     return Subject(model, found, description, f"{source} ({checkpoint})", checkpoint)
+
+
+def names_a_file(source: str) -> bool:
+    """Whether a network is named by a function of a Python file.
+
+    Example:
+        >>> names_a_file("net.py:make"), names_a_file("runs/my.python")
+        (True, False)
+    """
+    return re.search(r"\.py(:|$)", source) is not None
 
 
 def _from_file(source: str, weights: str | None, data: str | None, image_size: int | None) -> Subject:
@@ -121,12 +132,14 @@ def read_state(file: Path) -> dict[str, Any]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise HoldfastError(f"{file} is missing: give a .safetensors, .pt or .pth file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError) as error:
         raise HoldfastError(f"{file} holds no weights ({type(error).__name__}): save model.state_dict()") from None
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise HoldfastError(f"{file} holds no state of a network: save model.state_dict()")
     for prefix in ("module.", "_orig_mod."):
         if all(name.startswith(prefix) for name in state):

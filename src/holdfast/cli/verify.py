@@ -32,7 +32,7 @@ def parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     """Recount, print."""
     asked = parser().read(argv)
-    from holdfast.cli.subject import load_subject
+    from holdfast.cli.subject import load_subject, names_a_file
     from holdfast.evaluation.ledger import PROTOCOL
     from holdfast.evaluation.verified import BATCH_SIZES, in_words, recount
     from holdfast.runs.export import DESCRIPTION, load_model
@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
     if not (folder / PROTOCOL).is_file():
         raise HoldfastError(f"{folder} holds no evaluation: give the folder that `holdfast evaluate` wrote")
     source = asked.model or str(folder.resolve().parent.parent)
-    if ".py" in source:
+    if names_a_file(source):
         subject = load_subject(source, weights=asked.weights, data=asked.data, image_size=None)
         model = subject.model
     else:

@@ -18,7 +18,7 @@ def folded(model: nn.Module, x: Tensor) -> tuple[nn.Module, int]:
 
     Which layer comes before a BatchNorm is seen by running the model: it must be the very tensor that a convolution or
     a linear layer returned, and both must run once. The copy is then compared with the model on the images and on
-    noise; if any logit differs by more than 1e-4 of the largest, a copy without folding is returned.
+    noise, logits and gradients; if any differs by more than 1e-4 of the largest, a copy without folding is returned.
 
     Args:
         model: Left alone.
@@ -43,10 +43,21 @@ def folded(model: nn.Module, x: Tensor) -> tuple[nn.Module, int]:
         _replace(candidate, layer, fuse(modules[layer], modules[norm]))  # type: ignore[arg-type]  # _pairs chose the kinds
         _replace(candidate, norm, nn.Identity())
     for images in (x, torch.linspace(0, 1, x.numel(), device=x.device, dtype=x.dtype).view_as(x)):
-        before, after = plain(images.clone()), candidate(images.clone())
-        if not bool((before - after).abs().max() <= TOLERANCE * (1 + before.abs().max())):
-            return plain, 0
+        for before, after in zip(_answers(plain, images), _answers(candidate, images), strict=True):
+            if not bool((before - after).abs().max() <= TOLERANCE * before.abs().max()):
+                return plain, 0
     return candidate, len(pairs)
+
+
+def _answers(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """A model's logits less their mean, which no constant can hide, and a gradient with respect to the pixels."""
+    with torch.enable_grad():
+        point = x.clone().requires_grad_(True)
+        logits = model(point + 0)
+        found = [logits - logits.mean()]
+        if logits.requires_grad:
+            found.append(torch.autograd.grad((logits[:, 0] - logits.mean(1)).sum(), point)[0])
+    return [each.detach() for each in found]
 
 
 def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, str]]:

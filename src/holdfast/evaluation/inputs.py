@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,10 +50,10 @@ class Inputs:
         """The same images under the names by which people know them."""
         return replace(self, model_name=model, data_name=data, classes=classes, about=about or {})
 
-    def part(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Some images as float32 in [0, 1], their labels and positions, on the device."""
+    def part(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of some images as float32 in [0, 1], their labels and positions, on the device."""
         x = self.x[rows].to(self.device)
-        pixels = x.to(torch.float32) / 255 if x.dtype == torch.uint8 else x.to(torch.float32)
+        pixels = x.to(torch.float32) / 255 if x.dtype == torch.uint8 else x.to(torch.float32, copy=True)
         return pixels.contiguous(), self.y[rows].to(self.device), self.index[rows].to(self.device)
 
 
@@ -65,10 +66,12 @@ def as_inputs(model: nn.Module, images: Any, labels: Tensor | None = None) -> In
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(images, Images):
         x, y = images.pixels.permute(0, 3, 1, 2), images.labels
-    elif isinstance(images, Tensor):
+    elif isinstance(images, (Tensor, np.ndarray)):
         if labels is None:
             raise HoldfastError("labels are missing: give them after the images, evaluate(model, x, y, …)")
-        x, y = images, labels
+        x, y = torch.as_tensor(images), _labels(labels)
+    elif labels is not None:
+        raise HoldfastError("labels were given beside a loader, which has its own: leave them out")
     elif isinstance(images, Iterable):
         x, y = _collected(images)
     else:
@@ -83,11 +86,25 @@ def _collected(loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
     for batch in loader:
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             raise HoldfastError("the loader must yield pairs of images and labels")
-        images.append(torch.as_tensor(batch[0]))
-        labels.append(torch.as_tensor(batch[1]).reshape(-1))
+        try:
+            images.append(torch.as_tensor(batch[0]))
+        except (TypeError, ValueError, RuntimeError):
+            raise HoldfastError("the loader's images are no tensors: let it yield pairs of tensors") from None
+        labels.append(_labels(batch[1]).reshape(-1))
     if not images:
         raise HoldfastError("the loader yields nothing: give at least one image")
+    if len({part.shape[1:] for part in images}) > 1:
+        raise HoldfastError("the loader's images differ in shape: resize them to one")
     return torch.cat(images), torch.cat(labels)
+
+
+def _labels(labels: Any) -> Tensor:
+    """Labels of any kind of whole number as int64; others as they are, to be refused."""
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise HoldfastError("the labels are no numbers: give class numbers from 0") from None
+    return found if found.is_floating_point() or found.dtype == torch.bool else found.long()
 
 
 def _check(x: Tensor, y: Tensor) -> None:
@@ -117,20 +134,22 @@ def chosen(inputs: Inputs, n: int | None) -> Inputs:
     Raises:
         HoldfastError: n is below 1.
     """
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise HoldfastError(f"n is {n!r}: give a whole number of at least 1, or None for all images")
     if n is None or n >= len(inputs.y):
         return inputs
-    if n < 1:
-        raise HoldfastError(f"n is {n}: give at least 1")
     rows = permutation(Key(0).fold("evaluated images"), len(inputs.y), inputs.y.device)[:n].sort().values
     return replace(inputs, x=inputs.x[rows.to(inputs.x.device)], y=inputs.y[rows], index=inputs.index[rows.cpu()])
 
 
-def check_logits(logits: Tensor, y: Tensor) -> None:
-    """Refuse outputs that are no logits of the labels' classes.
+def check_logits(logits: Tensor, y: Tensor, images: int) -> None:
+    """Refuse outputs that are no logits of so many images and of the labels' classes.
 
     Raises:
         HoldfastError: NaN or infinite outputs, or a label that the model has no output for.
     """
+    if len(logits) != images:
+        raise HoldfastError(f"the model returned {len(logits)} rows for {images} images: return one row an image")
     if not bool(torch.isfinite(logits).all()):
         raise HoldfastError("the model's logits are NaN or infinite on the first images: check its weights")
     if logits.shape[1] < 2:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -16,6 +18,12 @@ from holdfast.errors import HoldfastError
 from holdfast.runs.files import read_json, write_json, write_text, write_whole
 
 PROTOCOL, LEDGER, UNITS, EXAMPLES = "protocol.json", "ledger.jsonl", "units", "examples"
+SAYS = {
+    "model": "model (its weights differ)",
+    "outputs": "model (its code differs: the same weights give other logits)",
+    "data": "data (its images differ; a loader must not shuffle)",
+    "images": "choice of images",
+}
 NAMES = ("model_name", "data_name", "about")
 """What a protocol says for people only: it may change from one call to the next."""
 
@@ -114,12 +122,26 @@ class Ledger:
         """A finished unit's examples, if they were kept."""
         if self.path is None:
             return self.kept[number][1]
-        return load_file(self.examples_file(number)) if self.examples_file(number).is_file() else None
+        file = self.examples_file(number)
+        try:
+            return load_file(file) if file.is_file() else None
+        except (SafetensorError, OSError):
+            raise HoldfastError(f"{file} is damaged: restore it, or delete the folder and evaluate again") from None
 
-    def merged(self, units: int) -> list[dict[str, Any]]:
-        """All rows in order; with a folder, as one file from now on."""
+    def merged(self, units: int, images: int) -> list[dict[str, Any]]:
+        """All rows in order; with a folder, as one file from now on.
+
+        Raises:
+            HoldfastError: there are not as many rows as images.
+        """
         if self.finished and self.path is not None:
-            return read_rows(self.path / LEDGER)
+            rows = read_rows(self.path / LEDGER)
+            if len(rows) != images:
+                raise HoldfastError(
+                    f"{self.path / LEDGER} has {len(rows)} rows for {images} images: restore it, or delete the folder"
+                    " and evaluate again"
+                )
+            return rows
         rows = [row for number in range(units) for row in self.rows_of(number)]
         if self.path is not None:
             write_text(self.path / LEDGER, "".join(json.dumps(row) + "\n" for row in rows))
@@ -139,11 +161,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         HoldfastError: missing or damaged.
     """
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line]
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line]
+        if not all(isinstance(row, dict) and "verdict" in row for row in rows):
+            raise ValueError
+        return rows
     except FileNotFoundError:
         raise HoldfastError(f"{path} is missing: finish the evaluation with the command that began it") from None
     except ValueError:
-        raise HoldfastError(f"{path} is damaged: delete it and run the same command again") from None
+        raise HoldfastError(f"{path} is damaged: restore it, or delete its folder and evaluate again") from None
+
+
+def _alike(before: Any, now: Any) -> bool:
+    """Whether two networks' logits are the same but for rounding on another machine or in other batches."""
+    try:
+        one, two = torch.tensor(before), torch.tensor(now)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return one.shape == two.shape and bool((one - two).abs().max() <= 1e-3 * one.abs().max())
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -156,7 +190,9 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     now = json.loads(json.dumps(now))
     for name in (*before, *now):
         if name not in NAMES and before.get(name) != now.get(name):
-            if name in ("model", "data"):
-                return {"model": "model (its weights differ)", "data": "data (its images differ)"}[name]
+            if name == "outputs" and _alike(before.get(name), now.get(name)):
+                continue
+            if name in SAYS:
+                return SAYS[name]
             return f"{name} ({before.get(name)} there, {now.get(name)} asked for)"
     return None

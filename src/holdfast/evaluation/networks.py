@@ -57,9 +57,10 @@ class Deciding:
     """
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
-        self.view = View(model)
+        # A forward that writes into a buffer writes into these copies.
+        self.view = View(model, state={name: buffer.clone() for name, buffer in model.named_buffers()})
         self.batch_size = batch_size
-        self.dtype = next((p.dtype for p in model.parameters()), torch.float32)
+        self.dtype = dtype_of(model)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, batch_size: int | None = None) -> Tensor:
@@ -74,10 +75,10 @@ class Deciding:
             return self.view(x.to(self.dtype, copy=True)).logits
         except HoldfastError:
             raise
-        except (ValueError, RuntimeError) as error:
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if "out of memory" in str(error):
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise HoldfastError(
                 f"the model cannot run on {len(x)} image{'s' * (len(x) > 1)} of shape {tuple(x.shape[1:])}: {reason};"
                 " in evaluation mode it must take any number of them"
@@ -99,7 +100,8 @@ class Searching:
     def __init__(self, model: nn.Module, x: Tensor, speed: Speed, *, randomised: bool = False) -> None:
         self.folded, self.batch_size = 0, speed.batch_size
         self.compiled = self.padded = False
-        self.dtype = next((p.dtype for p in model.parameters()), torch.float32)
+        self.dtype = dtype_of(model)
+        self.layout = torch.channels_last
         self.low = speed.precision == "bf16" and self.dtype == torch.float32
         self.precise = self._copy(model, x, speed.fold and not randomised)
         self.differentiable = self._can_differentiate(x)
@@ -113,10 +115,20 @@ class Searching:
         """The network in full precision."""
         try:
             network, self.folded = folded(model, x.to(self.dtype)) if fold else (_plain_copy(model), 0)
-        except (TypeError, RuntimeError, NotImplementedError, AttributeError):  # it cannot be copied
+        except Exception as error:  # whatever a copy raises that the model's own code cannot stand
+            if isinstance(error, HoldfastError) or "out of memory" in str(error):
+                raise
+            self.layout = torch.contiguous_format
             view = View(model).detached()
             return lambda images: view(images).logits
-        return network.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # of all parameters with four dimensions
+        network.requires_grad_(False)
+        try:
+            laid = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # of four dimensions
+            laid(x.to(self.dtype, memory_format=torch.channels_last, copy=True))
+        except RuntimeError:  # a view of the pixels that wants them in a row
+            self.layout = torch.contiguous_format
+            network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as above
+        return network
 
     def _can_differentiate(self, x: Tensor) -> bool:
         """Whether a gradient reaches the pixels at all; a flag tells people if none does."""
@@ -125,7 +137,9 @@ class Searching:
                 point = x.detach().requires_grad_(True)
                 logits = self._logits(self.precise, point)
                 _gradient(logits, logits[:, 0], point, "gradient")
-        except (RuntimeError, TypeError):  # the graph is cut, or the model cannot run on such pixels (NumPy inside)
+        except (RuntimeError, TypeError) as error:  # the graph is cut, or pixels that want a gradient cannot be run
+            if "out of memory" in str(error):
+                raise
             return False
         return True
 
@@ -165,14 +179,14 @@ class Searching:
                 shape = (len(x), logits.shape[1], *x.shape[1:]) if want == "gradients" else x.shape
                 return Pass(logits, value, x.new_zeros(shape))
             with torch.enable_grad():
-                point = x.detach().to(self.dtype, memory_format=torch.channels_last, copy=True).requires_grad_(True)
+                point = x.detach().to(self.dtype, memory_format=self.layout, copy=True).requires_grad_(True)
                 logits = self._logits(network, point)
                 value = loss(logits)
                 gradient = _gradient(logits, value, point, want)
         return Pass(logits.detach(), value.detach(), gradient.to(x.dtype))
 
     def _logits(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        laid = x.to(self.dtype, memory_format=torch.channels_last)
+        laid = x.to(self.dtype, memory_format=self.layout)
         # A model may write into its input, so it gets a copy; a compiled one must be given a leaf, or it warns.
         logits = network(laid if self.compiled else laid.clone())
         if not isinstance(logits, Tensor) or logits.dim() != 2:
@@ -203,6 +217,11 @@ def _gradient(logits: Tensor, value: Tensor, point: Tensor, want: str) -> Tensor
     count = logits.shape[1]
     each = [torch.autograd.grad(logits[:, k].sum(), point, retain_graph=k < count - 1)[0] for k in range(count)]
     return torch.stack(each, 1)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """In which type a model wants its images: that of its first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from holdfast.attacks.stepwise import (
 )
 from holdfast.evaluation.networks import Deciding, Pass, Searching
 from holdfast.evaluation.unit import Unit
-from holdfast.functional import margin
+from holdfast.functional import margin, misclassified
 from holdfast.keyed_random import Key
 from holdfast.threat import ThreatModel
 
@@ -285,8 +285,8 @@ class Pursuit:
     def _claim(self, work: Work, logits: Tensor) -> None:
         """Note misclassified points that would count, and rows that have come near the boundary."""
         threat, point = self.rules.threat, work.state["point"]
-        room = margin(logits, work.rows.y)
-        wrong = logits.argmax(1) != work.rows.y
+        wrong = misclassified(logits, work.rows.y)
+        room = torch.nan_to_num(margin(logits, work.rows.y), nan=-1e30)
         worth = room
         if self.attack.inside:
             inside = torch.ones_like(wrong)
@@ -350,7 +350,7 @@ class Pursuit:
         logits = self.deciding(point)
         unit.verified.index_add_(0, image, torch.ones_like(image))
         distance = threat.length(point - work.rows.x[some])
-        holds = logits.argmax(1) != y
+        holds = misclassified(logits, y)
         if self.rules.until_nearest:
             holds &= threat.with_epsilon(float("inf")).contains(point, work.rows.x[some])
         else:

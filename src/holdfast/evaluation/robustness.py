@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from holdfast.evaluation.estimate import Estimate
 from holdfast.evaluation.inputs import Inputs, as_inputs, check_logits, chosen
 from holdfast.evaluation.ledger import Ledger
 from holdfast.evaluation.networks import Deciding, Searching, Speed
-from holdfast.evaluation.protocols import Options, Protocol, adaptations, named
+from holdfast.evaluation.probed_model import left_as_it_was
+from holdfast.evaluation.protocols import Options, Protocol, adaptations, named, of_attacks
 from holdfast.evaluation.pursuit import Pursuit, Rules
 from holdfast.evaluation.unit import Unit, rows_of
-from holdfast.keyed_random import Key
+from holdfast.keyed_random import Key, permutation
 from holdfast.progress_display import Display
 from holdfast.runs.files import read_json, write_json, write_text
 from holdfast.threat import ThreatModel
 
-PROBED = 64
+PROBED, TRIED, OUTPUTS = 64, 8, 100
 
 
 @dataclass(frozen=True)
@@ -105,20 +106,21 @@ class Plan:
     carried: Result | None = None
     display: Display = field(default_factory=Display)
 
-    def describe(self, classes: int) -> dict[str, Any]:
+    def describe(self, logits: Tensor) -> dict[str, Any]:
         """What the ledger is about; another one is refused in its folder.
 
         Args:
-            classes: K.
+            logits: Of the first few images, (n, K): two networks of one structure and one state may still differ.
         """
         inputs = self.inputs
+        kind = "uint8" if inputs.x.dtype == torch.uint8 else "float32"
         return {
             "format": 1,
             "version": __version__,
             "attack": self.protocol.label,
             "attacks": [attack.name for attack in self.protocol.attacks],
             "settings": [_settings(attack) for attack in self.protocol.attacks],
-            "notes": adaptations(self.protocol, classes),
+            "notes": adaptations(self.protocol, logits.shape[1]),
             "threat": self.threat.norm,
             "epsilon": self.threat.epsilon,
             "seed": self.seed,
@@ -127,8 +129,10 @@ class Plan:
             "precision": self.speed.precision,
             "model": fingerprint.of_model(self.model),
             "data": fingerprint.of_images(*inputs.whole),
+            "images": {"as": kind, "sha256": fingerprint.of_images(inputs.x, inputs.y)},
+            "outputs": [[round(value, 6) for value in row[:OUTPUTS]] for row in logits.tolist()],
             "classes": list(inputs.names),
-            "carried": self.carried.summary["epsilon"] if self.carried is not None else None,
+            "smaller_epsilon": self.carried.summary["epsilon"] if self.carried is not None else None,
             "model_name": inputs.model_name,
             "data_name": inputs.data_name,
             "about": dict(inputs.about),
@@ -138,24 +142,44 @@ class Plan:
         """All units that are not yet done, by all processes, then the summary."""
         if isinstance(self.unit, bool) or not isinstance(self.unit, int) or self.unit < 1:
             raise HoldfastError(f"unit is {self.unit!r}: give a whole number of images, at least 1")
-        state = [(module, module.training) for module in self.model.modules()]
-        with torch.random.fork_rng(devices=_devices(self.inputs.device)):
-            logits = Deciding(self.model, self.speed.batch_size)(self.inputs.part(slice(0, 8))[0])
-        check_logits(logits, self.inputs.y)
-        ledger = Ledger(self.path, self.describe(logits.shape[1]))
-        try:
-            ledger.open(writes=distributed.rank() == 0)
-            distributed.barrier()
-            with torch.random.fork_rng(devices=_devices(self.inputs.device)):
+        with torch.inference_mode(False), left_as_it_was(self.model, self.inputs.device):
+            ledger = Ledger(self.path, self.describe(self._first_logits()))
+            try:
+                self._open(ledger)
                 raised = self._probed(ledger)
                 if not ledger.finished:
                     self._units(ledger, randomised=any(flag.name == "randomised" for flag in raised))
-            return self._result(ledger, raised)
-        finally:
-            for module, training in state:
-                module.training = training
-            self.display.stop()
-            ledger.close()
+                return self._result(ledger, raised)
+            finally:
+                self.display.stop()
+                ledger.close()
+
+    def _open(self, ledger: Ledger) -> None:
+        """Rank 0 first: the others look when the folder is made."""
+        if distributed.rank() == 0:
+            ledger.open(writes=True)
+        distributed.barrier()
+        if distributed.rank() != 0:
+            ledger.open(writes=False)
+        if ledger.finished and self.save_examples:
+            missing = [number for number in range(self._count) if ledger.examples_of(number) is None]
+            if missing:
+                raise HoldfastError(
+                    f"{ledger.path} was finished without its examples: delete it, or choose another --out, to save them"
+                )
+
+    def _first_logits(self) -> Tensor:
+        """Of the first few images, (n, K); from the same draws whenever it is called."""
+        torch.manual_seed(Key(self.seed).fold("first").torch_seed)
+        x = self.inputs.part(slice(0, TRIED))[0]
+        logits = Deciding(self.model, self.speed.batch_size)(x)
+        check_logits(logits, self.inputs.y, len(x))
+        return logits
+
+    @property
+    def _count(self) -> int:
+        """How many units there are."""
+        return -(-len(self.inputs.y) // self.unit)
 
     def _probed(self, ledger: Ledger) -> list[flags.Flag]:
         """Flags that can be raised before an attack, from what was found when the evaluation began."""
@@ -163,9 +187,13 @@ class Plan:
             return []
         file = None if ledger.path is None else ledger.path / "probes.json"
         if file is not None and file.is_file():
-            return [flags.Flag(**found) for found in read_json(file)["flags"]]
-        x, y, index = self.inputs.part(slice(0, PROBED))
+            try:
+                return [flags.Flag(**found) for found in read_json(file)["flags"]]
+            except (HoldfastError, KeyError, TypeError):
+                pass  # damaged: measured again
         key = Key(self.seed).fold("probes")
+        some = permutation(key.fold("images"), len(self.inputs.y))[:PROBED].sort().values
+        x, y, index = self.inputs.part(some)
         torch.manual_seed(key.torch_seed)
         raised = probes.probe(self.model, x, y, self.threat, key=key, index=index)
         distributed.barrier()
@@ -175,14 +203,15 @@ class Plan:
 
     def _units(self, ledger: Ledger, *, randomised: bool) -> None:
         """Every unit of this process that is not yet done."""
-        count = -(-len(self.inputs.y) // self.unit)
-        own = range(distributed.rank(), count, distributed.world_size())
+        own = range(distributed.rank(), self._count, distributed.world_size())
         todo = [number for number in own if not ledger.has(number, examples=self.save_examples)]
         if not todo:
             return
-        x = self.inputs.part(slice(0, 8))[0]
+        x = self.inputs.part(slice(0, TRIED))[0]
         deciding = Deciding(self.model, self.speed.batch_size)
-        searching = Searching(self.model, x, self.speed, randomised=randomised)
+        # where only a row's last claim is looked at, a false one of low precision would hide an earlier true one
+        speed = replace(self.speed, precision="fp32") if self.protocol.at_end else self.speed
+        searching = Searching(self.model, x, speed, randomised=randomised)
         images = sum(len(self.inputs.y[self._slice(number)]) for number in todo)
         self.display.work(f"{self.protocol.label}, {self.threat}", images)
         estimate = Estimate(self.protocol.attacks, deciding(x).shape[1], images)
@@ -193,7 +222,7 @@ class Plan:
             for place in range(len(self.protocol.attacks)):
                 self._attack(unit, place, deciding, searching, estimate)
             seconds = (time.monotonic() - started) / len(unit.y)
-            rows = rows_of(unit, self.protocol.attacks, seconds, deciding)
+            rows = rows_of(unit, self.protocol.attacks, seconds, deciding, self.threat.epsilon)
             examples = {"x": unit.x, "x_adv": unit.example, "y": unit.y, "index": unit.index}
             ledger.write(number, rows, examples if self.save_examples else None)
             estimate.done_images += len(unit.y)
@@ -209,7 +238,8 @@ class Plan:
         if self.carried is not None:
             before = self.carried.rows[self._slice(number)]
             examples = self.carried.ledger.examples_of(number)
-            assert examples is not None  # a curve saves them
+            if examples is None:
+                raise HoldfastError(f"{self.carried.path} has no examples to carry over: evaluate it with them first")
             unit.carry(before, examples["x_adv"].to(x.device), self.carried.summary["epsilon"])
         return unit
 
@@ -241,12 +271,11 @@ class Plan:
         if ledger.path is None:
             for kept in distributed.gather_objects(ledger.kept):
                 ledger.kept.update(kept)
-        count = -(-len(self.inputs.y) // self.unit)
         if distributed.rank() == 0 or ledger.path is None:
-            rows = ledger.merged(count)
+            rows = ledger.merged(self._count, len(self.inputs.y))
         distributed.barrier()
         if not (distributed.rank() == 0 or ledger.path is None):
-            rows = ledger.merged(count)
+            rows = ledger.merged(self._count, len(self.inputs.y))
         every = [*raised, *(flags.from_rows(rows, threat=self.threat) if self.probe else [])]
         told = [flags.as_dict(flag) for flag in every]
         summary = results.summarize(rows, protocol, told)
@@ -266,7 +295,7 @@ def evaluate(
     labels: Tensor | None = None,
     *,
     threat: ThreatModel,
-    attack: str | Protocol = "autoattack",
+    attack: str | Protocol | Sequence[StepwiseAttack] = "autoattack",
     n: int | None = None,
     seed: int = 0,
     out: str | Path | None = None,
@@ -284,7 +313,7 @@ def evaluate(
             that yields pairs of images and labels, such as a `DataLoader`.
         labels: (N,), with tensors.
         threat: The ball, for example ``Linf("8/255")``.
-        attack: A name (``holdfast list attacks``), several with commas, or a `Protocol`.
+        attack: A name (``holdfast list attacks``), several with commas, a list of attacks, or a `Protocol`.
         n: How many images, by a fixed draw that does not depend on the model; None for all.
         seed: Of all draws.
         out: A folder for the ledger; with it, a killed evaluation goes on where it was. None keeps it in memory.
@@ -309,8 +338,17 @@ def evaluate(
         >>> found.robust_accuracy <= found.clean_accuracy
         True
     """
-    inputs = chosen(as_inputs(model, images, labels), n)
-    protocol = attack if isinstance(attack, Protocol) else named(attack, threat, options)
+    if not isinstance(model, nn.Module):
+        raise HoldfastError(f"model is a {type(model).__name__}: give a torch.nn.Module from pixels to logits")
+    if not isinstance(threat, ThreatModel):
+        raise HoldfastError(f'threat is {threat!r}: give Linf("8/255"), L2("1/2") or L1("12/1")')
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise HoldfastError(f"seed is {seed!r}: give a whole number")
+    if speed is not None and not isinstance(speed, Speed):
+        raise HoldfastError(f"speed is a {type(speed).__name__}: give Speed(precision=…, batch_size=…)")
+    with torch.inference_mode(False):
+        inputs = chosen(as_inputs(model, images, labels), n)
+    protocol = _protocol(attack, threat, options)
     protocol.require(threat)
     return Plan(
         model=model,
@@ -326,12 +364,18 @@ def evaluate(
     ).run()
 
 
+def _protocol(attack: Any, threat: ThreatModel, options: Options | None) -> Protocol:
+    """The protocol that was named or given."""
+    if isinstance(attack, Protocol):
+        return attack
+    if isinstance(attack, str):
+        return named(attack, threat, options)
+    if isinstance(attack, Sequence) and attack and all(isinstance(each, StepwiseAttack) for each in attack):
+        return of_attacks(attack)
+    raise HoldfastError(f"attack is {attack!r}: give a name such as autoattack, or a list of attacks such as [APGD()]")
+
+
 def _settings(attack: StepwiseAttack) -> str:
     """An attack with all its settings; of another network its weights' hash."""
     source = getattr(attack, "source", None)
     return repr(attack) + (f" of weights {fingerprint.of_model(source)}" if isinstance(source, nn.Module) else "")
-
-
-def _devices(device: torch.device) -> Iterable[torch.device]:
-    """Accelerators whose generators are put back."""
-    return [device] if device.type == "cuda" else []

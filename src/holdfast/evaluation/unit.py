@@ -11,8 +11,9 @@ from torch import Tensor
 
 from holdfast.attacks.stepwise import StepwiseAttack
 from holdfast.evaluation.networks import Deciding
-from holdfast.functional import margin
+from holdfast.functional import margin, misclassified
 
+TOLERANCE = 1e-6
 BORDERLINE = 1e-3  # of the largest logit: a margin that another batch size or another machine may turn
 ROBUST, BROKEN, WRONG = "robust", "broken", "wrong"
 
@@ -48,7 +49,7 @@ class Unit:
 
     def __post_init__(self) -> None:
         self.prediction = self.clean_logits.argmax(1)
-        self.robust = self.prediction == self.y
+        self.robust = self.correct
         self.example = self.x.clone()
         self.distance = torch.full_like(self.y, torch.inf, dtype=self.x.dtype)
         self.margin = margin(self.clean_logits, self.y)
@@ -60,7 +61,7 @@ class Unit:
     @property
     def correct(self) -> Tensor:
         """Which images are classified correctly without an attack, (U,) bool."""
-        return self.clean_logits.argmax(1) == self.y
+        return ~misclassified(self.clean_logits, self.y)
 
     def begin(self) -> None:
         """A new attack begins: count its passes from zero."""
@@ -82,22 +83,30 @@ class Unit:
         self.carried_from = epsilon
 
 
-def rows_of(unit: Unit, attacks: Sequence[StepwiseAttack], seconds: float, deciding: Deciding) -> list[dict[str, Any]]:
-    """A finished unit's rows of the ledger.
+def _number(value: float) -> float | None:
+    """What JSON can hold: NaN, infinities and what stands for them become null."""
+    return value if abs(value) < 1e30 else None
+
+
+def rows_of(
+    unit: Unit, attacks: Sequence[StepwiseAttack], seconds: float, deciding: Deciding, epsilon: float
+) -> list[dict[str, Any]]:
+    """A finished unit's rows of the ledger. An example beyond epsilon (minimum norm) has a distance but breaks nothing.
 
     Args:
         unit: All attacks have been run on it.
         attacks: These.
         seconds: Time spent for each image.
         deciding: Looks once more at every example, in batches of another size.
+        epsilon: The radius within which an example breaks an image.
     """
     again = deciding(unit.example, batch_size=max(1, deciding.batch_size // 3))
-    held = again.argmax(1) == unit.y
-    expected = unit.correct & (unit.robust | unit.distance.isinf())
+    held = ~misclassified(again, unit.y)
+    expected = unit.correct & unit.distance.isinf()
     scale = unit.clean_logits.abs().amax(1).clamp_min(1e-30)
     unstable = (held != expected) | (unit.margin.abs() < BORDERLINE * scale)
     clean_margin = margin(unit.clean_logits, unit.y).tolist()
-    clean = unit.clean_logits.argmax(1).tolist()
+    clean, correct = unit.clean_logits.argmax(1).tolist(), unit.correct.tolist()
     columns = {
         name: getattr(unit, name).tolist()
         for name in ("y", "index", "broken_by", "target", "restart", "prediction", "distance", "margin", "verified")
@@ -108,8 +117,8 @@ def rows_of(unit: Unit, attacks: Sequence[StepwiseAttack], seconds: float, decid
     rows = []
     for place in range(len(unit.y)):
         one = {name: values[place] for name, values in columns.items()}
-        broken = not unit.robust[place] and one["distance"] != float("inf")
-        verdict = BROKEN if broken else (ROBUST if clean[place] == one["y"] else WRONG)
+        broken = one["distance"] <= epsilon + TOLERANCE
+        verdict = BROKEN if broken else (ROBUST if correct[place] else WRONG)
         before = unit.carried.get(place)
         by = names[one["broken_by"]] if one["broken_by"] >= 0 else None if before is None else before["attack"]
         rows.append(
@@ -117,14 +126,14 @@ def rows_of(unit: Unit, attacks: Sequence[StepwiseAttack], seconds: float, decid
                 "index": one["index"],
                 "label": one["y"],
                 "prediction": clean[place],
-                "clean_margin": clean_margin[place],
+                "clean_margin": _number(clean_margin[place]),
                 "verdict": verdict,
                 "attack": by if broken else None,
                 "target": one["target"] if broken and one["target"] >= 0 else None,
                 "restart": one["restart"] if broken else None,
                 "broken_prediction": one["prediction"] if broken else None,
-                "distance": one["distance"] if broken else None,
-                "margin": one["margin"],
+                "distance": _number(one["distance"]),
+                "margin": _number(one["margin"]),
                 "forward": dict(zip(names, forwards[place], strict=True)),
                 "backward": dict(zip(names, backwards[place], strict=True)),
                 "verified": one["verified"],

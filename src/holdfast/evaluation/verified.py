@@ -14,11 +14,13 @@ from holdfast.evaluation import fingerprint
 from holdfast.evaluation.ledger import LEDGER, PROTOCOL, Ledger, read_rows
 from holdfast.evaluation.networks import Deciding
 from holdfast.evaluation.statistics import wilson_interval
-from holdfast.evaluation.unit import BROKEN
+from holdfast.evaluation.unit import BROKEN, ROBUST, WRONG
+from holdfast.functional import misclassified
 from holdfast.runs.files import read_json
-from holdfast.threat import ThreatModel, build_threat
+from holdfast.threat import build_threat
 
 BATCH_SIZES = (1, 17, 250)
+VERDICTS = (ROBUST, BROKEN, WRONG)
 
 
 def recount(folder: Path, model: nn.Module, *, batch_sizes: Sequence[int] = BATCH_SIZES) -> dict[str, Any]:
@@ -40,7 +42,12 @@ def recount(folder: Path, model: nn.Module, *, batch_sizes: Sequence[int] = BATC
         HoldfastError: the folder holds no finished evaluation with images, or one of another network.
     """
     protocol = read_json(folder / PROTOCOL)
+    lacking = [key for key in ("model", "threat", "epsilon", "unit", "attack", "images") if key not in protocol]
+    if lacking:
+        raise HoldfastError(f"{folder / PROTOCOL} is damaged, it lacks {lacking[0]}: restore it or evaluate again")
     rows = read_rows(folder / LEDGER)
+    if not rows:
+        raise HoldfastError(f"{folder / LEDGER} is empty: restore it, or delete the folder and evaluate again")
     if fingerprint.of_model(model) != protocol.get("model"):
         raise HoldfastError(f"{folder} is an evaluation of another network: give --model with the one it was made for")
     threat = build_threat(str(protocol["threat"]), f"{protocol['epsilon']:.17f}/1")
@@ -49,25 +56,27 @@ def recount(folder: Path, model: nn.Module, *, batch_sizes: Sequence[int] = BATC
     count = -(-len(rows) // int(protocol["unit"]))
     parts = [_part(folder, protocol, number) for number in range(count)]
     x, x_adv, y, index = (torch.cat([part[name] for part in parts]) for name in ("x", "x_adv", "y", "index"))
-    if index.tolist() != [row["index"] for row in rows]:
-        raise HoldfastError(f"the images in {folder} are not those of its ledger: restore them or evaluate anew")
-    inside = _inside(threat, x_adv, x, protocol)
+    _check_identity(folder, protocol, rows, x, y, index)
+    inside = threat.contains(x_adv, x)
+    said = torch.tensor([VERDICTS.index(row["verdict"]) for row in rows])
     found: dict[int, Tensor] = {}
     for size in batch_sizes:
-        clean = deciding(x.to(device), size).argmax(1).cpu() == y
-        held = deciding(x_adv.to(device), size).argmax(1).cpu() == y
-        found[size] = clean & (held | ~inside)
-    said = torch.tensor([row["verdict"] == "robust" for row in rows])
+        wrong = misclassified(deciding(x.to(device), size).cpu(), y)
+        broken = misclassified(deciding(x_adv.to(device), size).cpu(), y) & inside
+        found[size] = torch.where(wrong, VERDICTS.index(WRONG), torch.where(broken, VERDICTS.index(BROKEN), 0))
     votes = torch.stack(list(found.values()))
     distance = threat.length(x_adv - x)
-    broken = torch.tensor([row["verdict"] == BROKEN for row in rows])
+    broken = said == VERDICTS.index(BROKEN)
+    told = torch.tensor([row["distance"] if row["verdict"] == BROKEN else 0.0 for row in rows])
+    far = broken & ((distance - told).abs() > 1e-5 * (1 + threat.epsilon))
     return {
         "n": len(rows),
-        "robust": {str(size): int(held.sum()) for size, held in found.items()},
-        "ledger": int(said.sum()),
-        "robust_accuracy": int(said.sum()) / len(rows),
-        "interval": list(wilson_interval(int(said.sum()), len(rows))),
-        "differing": index[(votes != said).any(0)].tolist(),
+        "robust": {str(size): int((verdict == 0).sum()) for size, verdict in found.items()},
+        "clean": {str(size): int((verdict != VERDICTS.index(WRONG)).sum()) for size, verdict in found.items()},
+        "ledger": int((said == 0).sum()),
+        "robust_accuracy": int((said == 0).sum()) / len(rows),
+        "interval": list(wilson_interval(int((said == 0).sum()), len(rows))),
+        "differing": index[(votes != said).any(0) | far].tolist(),
         "unstable": index[(votes != votes[0]).any(0)].tolist(),
         "largest_distance": float(distance[broken].max()) if bool(broken.any()) else 0.0,
         "threat": str(threat),
@@ -83,11 +92,14 @@ def _part(folder: Path, protocol: Mapping[str, Any], number: int) -> dict[str, T
     return part
 
 
-def _inside(threat: ThreatModel, x_adv: Tensor, x: Tensor, protocol: Mapping[str, Any]) -> Tensor:
-    """Which images lie in the bounds and, unless nearest examples were wanted, in the ball."""
-    if "nearest examples" in str(protocol["attack"]):
-        threat = threat.with_epsilon(float("inf"))
-    return threat.contains(x_adv, x)
+def _check_identity(
+    folder: Path, protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], x: Tensor, y: Tensor, index: Tensor
+) -> None:
+    """Refuse saved clean images and labels that are not those that were evaluated."""
+    kept = (x * 255).round().to(torch.uint8) if protocol["images"]["as"] == "uint8" else x
+    same = fingerprint.of_images(kept, y) == protocol["images"]["sha256"]
+    if not same or index.tolist() != [row["index"] for row in rows] or y.tolist() != [row["label"] for row in rows]:
+        raise HoldfastError(f"the images in {folder} are not those of its ledger: restore them or evaluate again")
 
 
 def in_words(found: Mapping[str, Any]) -> str:

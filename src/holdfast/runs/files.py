@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise HoldfastError(f"{path} is missing: is {path.parent} a folder that holdfast wrote?") from None
     except ValueError:
-        raise HoldfastError(f"{path} is damaged: it holds no JSON; restore it or train anew") from None
+        raise HoldfastError(f"{path} is damaged: it holds no JSON; restore it, or make it anew") from None
     if not isinstance(value, dict):
-        raise HoldfastError(f"{path} is damaged: it holds no JSON object; restore it or train anew")
+        raise HoldfastError(f"{path} is damaged: it holds no JSON object; restore it, or make it anew")
     return value
