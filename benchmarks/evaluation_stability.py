@@ -111,7 +111,7 @@ def main() -> None:
                 print(f"{count} processes:", found[f"{count} processes"], flush=True)
         if asked.kills:
             draw = random.Random(0)
-            span = min(seconds, 8 + seconds / asked.kills)
+            span = min(seconds, 6 + seconds / (2 * asked.kills))
             kills = killed(asked, folder / "killed", span, draw)
             other = evaluated(asked, folder / "killed", batch_size=250)
             found["killed"] = {"kills": kills, "identical ledger": other == base}
