@@ -68,6 +68,8 @@ from tiny_runs import (
     write_toy,
 )
 
+pytestmark = pytest.mark.slow  # two more processes, each with its own torch
+
 WORLD = 2
 
 

@@ -667,7 +667,7 @@ def test_the_readmes_three_lines(
 
 def test_the_readmes_loop_of_ones_own() -> None:
     """The step in a person's own loop, in ten lines; the loss falls."""
-    code = readme(1)
+    code = readme(2)
     assert len(code.strip().replace("\n\n", "\n").splitlines()) <= 10
     data, model = toy().train, tiny_net()
     x, y = to_pixels(data.pixels), data.labels
