@@ -384,3 +384,111 @@ def test_labels_and_images_of_any_whole_kind(model: nn.Module) -> None:
         assert [row["verdict"] for row in found.rows] == expected
     listed = holdfast.evaluate(model, x, y, threat=Linf(EPSILON), attack=list(SHORT), probe=False)
     assert listed.summary["attack_label"] == of_attacks(SHORT).label
+
+
+# ------------------------------------------------------------------------------------------------ the driver's duties
+
+
+class Outside(IterativeGradient):
+    """Says that it stays in the ball, and does not."""
+
+    def advance(self, state, rows, answer, threat, key):
+        return {**state, "point": rows.x + 3 * threat.epsilon * torch.randn_like(rows.x).sign()}
+
+
+def test_no_success_counts_outside_the_ball(model: nn.Module) -> None:
+    found = short(model, threat=Linf(0.3), attack=of_attacks([Outside(steps=8, random_start=False)]))
+    assert found.robust_accuracy == found.clean_accuracy
+    assert sum(row["verified"] for row in found.rows) > 0
+
+
+def test_every_attack_has_draws_of_its_own(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    start = APGD.start
+
+    def watched(self, rows, threat, key):
+        keys.append((self.name, key))
+        return start(self, rows, threat, key)
+
+    monkeypatch.setattr(APGD, "start", watched)
+    short(model, attack=of_attacks([APGD(steps=2), APGD(steps=2, objective="dlr")]), count=12, threat=Linf(1e-3))
+    assert len({name for name, _ in keys}) == len({key for _, key in keys}) == 2
+
+
+def test_of_several_claims_the_best_is_kept() -> None:
+    """The lowest worth of each image; of equal ones the first job."""
+    from holdfast.evaluation.pursuit import _first_of_each
+
+    image, worth = torch.tensor([3, 1, 3, 1, 0]), torch.tensor([2.0, 5.0, 1.0, 5.0, 7.0])
+    assert sorted(_first_of_each(image, worth, 5).tolist()) == [1, 2, 4]
+
+
+def test_robust_rows_keep_the_least_margin_inside_the_ball(model: nn.Module) -> None:
+    """FAB visits misclassified points outside: they say nothing of the margin within epsilon."""
+    found = short(model, threat=Linf(0.02), attack=named("fab-t", Linf(0.02), Options(steps=10)))
+    robust = [row for row in found.rows if row["verdict"] == "robust"]
+    assert robust
+    assert all(0 < row["margin"] <= row["clean_margin"] + 1e-6 for row in robust)
+
+
+def test_borderline_images_are_listed_as_unstable() -> None:
+    """A margin of a ten-thousandth of the logits may turn on another machine; one of a tenth does not."""
+
+    class Close(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([torch.ones(len(x)), 1 - x[:, 0, 0, 0]], 1)
+
+    x = torch.tensor([1e-4, 0.5]).view(2, 1, 1, 1)
+    found = evaluate(
+        Close(), x, torch.zeros(2).long(), threat=Linf(1e-6), attack=of_attacks([APGD(steps=1)]), probe=False
+    )
+    assert [row["unstable"] for row in found.rows] == [True, False]
+    assert found.summary["unstable"] == [0]
+
+
+def test_a_recount_tries_every_batch_size_and_the_pixel_bounds(model: nn.Module, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    class Moody(Around):
+        moody = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return -self.network(x) if self.moody and len(x) == 2 else self.network(x)
+
+    subject = Moody(model)
+    found = short(subject, attack=PGD, count=20, unit=20, out=tmp_path / "e", save_examples=True)
+    subject.moody = True
+    assert not recount(tmp_path / "e", subject, batch_sizes=(20, 5))["differing"]
+    several = recount(tmp_path / "e", subject, batch_sizes=(20, 2))
+    assert several["differing"]
+    assert several["unstable"]
+    file = tmp_path / "e" / "examples" / "000000.safetensors"
+    whole = load_file(file)
+    place = [row["verdict"] for row in found.rows].index("broken")
+    whole["x_adv"][place] -= whole["x_adv"][place].amin() + 0.01  # within epsilon for some pixels, but below 0
+    save_file(whole, file)
+    assert found.rows[place]["index"] in recount(tmp_path / "e", subject, batch_sizes=(20,))["differing"]
+
+
+def test_a_change_of_the_last_image_is_other_data(model: nn.Module, tmp_path: Path) -> None:
+    x, y = digits(12)
+    own = {"threat": Linf(EPSILON), "attack": PGD, "probe": False, "out": tmp_path / "e"}
+    evaluate(model, x, y, **own)
+    changed = x.clone()
+    changed[-1, 0, 0, 0] = 0.5
+    with pytest.raises(HoldfastError, match="another data"):
+        evaluate(model, changed, y, **own)
+
+
+def test_a_randomised_model_is_evaluated_from_the_same_draws(model: nn.Module) -> None:
+    """Whatever was drawn before the call, and in whichever units a killed evaluation goes on."""
+
+    class Draws(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x + 0.05 * torch.randn_like(x))
+
+    one = short(Draws(model), attack=PGD, count=20, unit=5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(99)
+        two = short(Draws(model), attack=PGD, count=20, unit=5)
+    assert without_time(one.rows) == without_time(two.rows)

@@ -375,6 +375,11 @@ def test_a_curve_never_rises(model: nn.Module) -> None:
     carried = [row for row in found[2].rows if row["carried"]]
     assert {row["carried"] for row in carried} == {0.05, 0.1}
     assert all(sum(row["forward"].values()) == 0 for row in carried)
+    first = {row["index"]: row for row in found[0].rows if row["verdict"] == "broken"}
+    for row in carried:
+        if row["carried"] == 0.05:
+            kept = ("margin", "distance", "attack", "target", "restart", "broken_prediction")
+            assert {key: row[key] for key in kept} == {key: first[row["index"]][key] for key in kept}
     held = model(found[2].examples()).argmax(1) == digits()[1]
     assert [row["verdict"] == "robust" for row in found[2].rows] == held.tolist()
 
