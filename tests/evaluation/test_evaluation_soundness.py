@@ -312,6 +312,21 @@ def test_named_attacks_have_their_settings() -> None:
     assert named("square", ball).attacks[0].queries == 5000
 
 
+def test_a_setting_goes_to_the_attacks_that_have_it() -> None:
+    """And is refused where none has it."""
+    ball, source = Linf(0.1), (nn.Linear(1, 1), "other")
+    made = named("transfer,noise,pgd", ball, Options(source=source, restarts=3))
+    assert [attack.restarts for attack in made.attacks] == [1, 1, 3]
+    assert made.attacks[0].source is source[0]
+    for words, options in (
+        ("noise", Options(source=source)),
+        ("quick", Options(steps=5)),
+        ("pgd", Options(source=source)),
+    ):
+        with pytest.raises(HoldfastError, match="leave it out"):
+            named(words, ball, options)
+
+
 def test_near_the_boundary_the_search_goes_on_in_float32(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     from holdfast.evaluation import networks
 

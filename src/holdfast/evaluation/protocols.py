@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,11 +119,8 @@ class Options:
     source: tuple[nn.Module, str] | None = None
 
     def given(self, *names: str, **renamed: str) -> dict[str, Any]:
-        """The settings that are given, as arguments; refuses one that the attack does not have."""
+        """Those of an attack's settings that are given, as arguments."""
         places = {**{name: name for name in names}, **renamed}
-        for name in ("steps", "restarts", "step_size", "source"):
-            if getattr(self, name) is not None and name not in places:
-                raise HoldfastError(f"this attack takes no {name.replace('_', '-')}: leave it out")
         return {place: getattr(self, name) for name, place in places.items() if getattr(self, name) is not None}
 
 
@@ -159,6 +156,30 @@ _MAKE: dict[str, Callable[[ThreatModel, Options], StepwiseAttack]] = {
     "transfer": _transfer,
     "noise": lambda threat, o: UniformNoise(**o.given(steps="draws")),
 }
+
+
+_TAKES: dict[str, tuple[str, ...]] = {
+    "fgsm": ("step_size",),
+    "pgd": ("steps", "restarts", "step_size"),
+    "mim": ("steps", "restarts", "step_size"),
+    "cw": ("steps", "restarts", "step_size"),
+    "apgd-ce": ("restarts",),
+    "apgd-dlr": ("restarts",),
+    "apgd-t": ("restarts",),
+    "fab": ("steps", "restarts"),
+    "fab-t": ("steps", "restarts"),
+    "square": ("steps", "restarts"),
+    "multitargeted": ("steps", "restarts", "step_size"),
+    "transfer": ("steps", "source"),
+    "noise": ("steps",),
+}
+
+
+def _refuse_unused(options: Options, words: Sequence[str], taken: Collection[str]) -> None:
+    """Refuse a setting that none of the named attacks has."""
+    for name in ("steps", "restarts", "step_size", "source"):
+        if getattr(options, name) is not None and name not in taken:
+            raise HoldfastError(f"{' and '.join(words)} takes no {name.replace('_', '-')}: leave it out")
 
 
 def known_words(text: str) -> list[str]:
@@ -198,12 +219,14 @@ def named(text: str, threat: ThreatModel, options: Options | None = None, *, dis
     options = options or Options()
     words = known_words(text)
     if words[0] in PROTOCOLS:
-        options.given()
+        _refuse_unused(options, words, ())
         made = quick(threat) if words[0] == "quick" else autoattack(threat, words[0].partition("-")[2] or "standard")
         if distances:
             raise HoldfastError("distances come from minimum-norm attacks: use --attack fab-t, fab or cw (L2)")
         made.require(threat)
         return made
+    taken = {setting for word in words for setting in _TAKES[word] if word != "cw" or threat.norm != "L2"}
+    _refuse_unused(options, words, taken | ({"steps"} if "cw" in words else set()))
     made = of_attacks([_MAKE[word](threat, options) for word in words], until_nearest=distances)
     made.require(threat)
     return made
