@@ -16,6 +16,10 @@ from holdfast.keyed_random import Key, normal, uniform
 _FRACTION = re.compile(r"\s*([-+]?\d+(?:\.\d*)?|[-+]?\.\d+)\s*/\s*(\d+(?:\.\d*)?|\.\d+)\s*")
 
 
+TOLERANCE = 1e-6
+"""By how much rounding may lead a point out of the ball or the bounds."""
+
+
 def parse_fraction(text: str) -> float | None:
     """The value of text such as ``8/255``, or None where the text is no fraction.
 
@@ -141,7 +145,7 @@ class ThreatModel:
         """
         raise NotImplementedError  # each norm states its own
 
-    def contains(self, x_adv: Tensor, x: Tensor, tolerance: float = 1e-6) -> Tensor:
+    def contains(self, x_adv: Tensor, x: Tensor, tolerance: float = TOLERANCE) -> Tensor:
         """Whether each row lies in the ball and in the bounds, (B,) bool."""
         flat = x_adv.flatten(1)
         inside = (flat >= self.lower - tolerance).all(1) & (flat <= self.upper + tolerance).all(1)

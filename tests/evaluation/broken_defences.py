@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from holdfast import Batch, Linf, View, load_data
 from holdfast.attacks.pgd import PGD
 from holdfast.data.loader import to_pixels
+from holdfast.evaluation.flags import Flag
+from holdfast.evaluation.probes import probe
 from holdfast.functional import cross_entropy
+from holdfast.keyed_random import Key
+from holdfast.threat import ThreatModel
+
+BALL = Linf(0.2)
 
 
 @cache
@@ -244,6 +250,13 @@ class Defence:
     make: Callable[[nn.Module, Tensor], nn.Module]
     x: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     severity: str = "serious"
+
+
+def probed(model: nn.Module, batch: Batch, threat: ThreatModel = BALL, *, seed: int = 0) -> dict[str, Flag]:
+    """Flags by name."""
+    flags = probe(model, batch.x, batch.y, threat, key=Key(seed), index=batch.index)
+    assert len({flag.name for flag in flags}) == len(flags)
+    return {flag.name: flag for flag in flags}
 
 
 def in_train_mode(network: nn.Module, x: Tensor) -> nn.Module:

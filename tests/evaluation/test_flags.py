@@ -12,18 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from broken_defences import ZOO, Around, SteepSigmoid, digits, honest_network
+from broken_defences import BALL, ZOO, Around, SteepSigmoid, digits, honest_network, probed
 from torch import Tensor, nn
 
 from holdfast import L1, L2, Batch, HoldfastError, Linf, View
 from holdfast.attacks.pgd import PGD
 from holdfast.evaluation.flags import FLAGS, Flag, as_dict, from_rows
-from holdfast.evaluation.probes import probe
-from holdfast.keyed_random import Key
 from holdfast.threat import ThreatModel
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "flags"
-BALL = Linf(0.2)
 
 
 @pytest.fixture
@@ -36,13 +33,6 @@ def images() -> Batch:
 def honest() -> nn.Module:
     """An adversarially trained network, for the test alone."""
     return copy.deepcopy(honest_network(0.15))
-
-
-def probed(model: nn.Module, batch: Batch, threat: ThreatModel = BALL, *, seed: int = 0) -> dict[str, Flag]:
-    """Flags by name."""
-    flags = probe(model, batch.x, batch.y, threat, key=Key(seed), index=batch.index)
-    assert len({flag.name for flag in flags}) == len(flags)
-    return {flag.name: flag for flag in flags}
 
 
 # ------------------------------------------------------------------------------------------------------------ the zoo

@@ -11,19 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from broken_defences import ZOO, Around, Purifier, StaysInTraining, digits, honest_network
+from broken_defences import BALL, ZOO, Around, Purifier, StaysInTraining, digits, honest_network, probed
 from torch import Tensor, nn
 
 from holdfast import L1, L2, Batch, HoldfastError, Linf
 from holdfast.evaluation import probes
-from holdfast.evaluation.flags import Flag, as_dict
+from holdfast.evaluation.flags import as_dict
 from holdfast.evaluation.probed_model import ProbedModel, left_as_it_was, probed_model
 from holdfast.evaluation.probes import probe
 from holdfast.functional import margin
 from holdfast.keyed_random import Key
 from holdfast.threat import ThreatModel
-
-BALL = Linf(0.2)
 
 
 @pytest.fixture
@@ -36,13 +34,6 @@ def images() -> Batch:
 def honest() -> nn.Module:
     """An adversarially trained network, for the test alone."""
     return copy.deepcopy(honest_network(0.15))
-
-
-def probed(model: nn.Module, batch: Batch, threat: ThreatModel = BALL, *, seed: int = 0) -> dict[str, Flag]:
-    """Flags by name."""
-    flags = probe(model, batch.x, batch.y, threat, key=Key(seed), index=batch.index)
-    assert len({flag.name for flag in flags}) == len(flags)
-    return {flag.name: flag for flag in flags}
 
 
 # --------------------------------------------------------------------------------------------------- no side effects

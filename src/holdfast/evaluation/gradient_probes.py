@@ -102,7 +102,7 @@ def _vanishing(
     """
     threat, radius = probed.threat, probed.threat.epsilon
     predicted = radius * dot(gradient, uphill).abs()
-    ratio, largest = torch.zeros_like(start), torch.zeros_like(start)
+    ratio = torch.zeros_like(start)
     for number in range(-2, DIRECTIONS):
         if number < 0:
             move = threat.clamp(point + (radius if number == -1 else -radius) * uphill) - point
@@ -112,7 +112,6 @@ def _vanishing(
         change = _change(probed, point, start, move).abs()
         measured = change > floor
         ratio = torch.where(measured, torch.maximum(ratio, change / predicted.clamp_min(1e-30)), ratio)
-        largest = torch.maximum(largest, change)
     gone = alive & (ratio > VANISHED)
     n = len(gone)
     if count(gone) < SOME * n:

@@ -98,9 +98,12 @@ class Ledger:
 
     def has(self, number: int, *, examples: bool) -> bool:
         """Whether a unit is finished, with its examples if they are wanted."""
-        if self.path is None:
-            return number in self.kept
-        return self._unit_file(number).is_file() and (not examples or self.examples_file(number).is_file())
+        done = number in self.kept if self.path is None else self._unit_file(number).is_file()
+        return done and (not examples or self.has_examples(number))
+
+    def has_examples(self, number: int) -> bool:
+        """Whether a finished unit's examples were kept."""
+        return self.kept[number][1] is not None if self.path is None else self.examples_file(number).is_file()
 
     def write(self, number: int, rows: Sequence[Mapping[str, Any]], examples: Mapping[str, Tensor] | None) -> None:
         """A unit is finished."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -168,14 +169,13 @@ class Searching:
         low = fast and self.low
         network = self.fast if low else self.precise
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=low):
-            if want == "logits":
-                with torch.no_grad():
-                    logits = self._logits(network, x)
-                    return Pass(logits, loss(logits), None)
-            if not self.differentiable:  # no gradient is a gradient of zero: attacks that need none go on
+            if want == "logits" or not self.differentiable:
                 with torch.no_grad():
                     logits = self._logits(network, x)
                     value = loss(logits)
+                if want == "logits":
+                    return Pass(logits, value, None)
+                # no gradient is a gradient of zero: attacks that need none go on
                 shape = (len(x), logits.shape[1], *x.shape[1:]) if want == "gradients" else x.shape
                 return Pass(logits, value, x.new_zeros(shape))
             with torch.enable_grad():
@@ -226,6 +226,4 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 def _plain_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode."""
-    import copy
-
     return copy.deepcopy(model).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -23,12 +24,11 @@ from holdfast.evaluation.networks import Deciding, Pass, Searching
 from holdfast.evaluation.unit import Unit
 from holdfast.functional import margin, misclassified
 from holdfast.keyed_random import Key
-from holdfast.threat import ThreatModel
+from holdfast.threat import TOLERANCE, ThreatModel
 
 Tell = Callable[[int, int, int], None]
 LOOK_EVERY = 10  # passes between two looks at claimed successes on an accelerator, where each costs a wait
 NEAR = 0.02  # of the largest logit: a margin that low precision may get wrong
-TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +199,7 @@ class Pursuit:
             if len(chosen):
                 parts.append(self._started(chosen))
                 free -= len(chosen)
-        if not parts:
-            return None
-        while len(parts) > 1:
-            parts = [parts[0].join(parts[1]), *parts[2:]]
-        return parts[0]
+        return reduce(Work.join, parts) if parts else None
 
     def _open(self, image: Tensor) -> Tensor:
         """Which images are still to be attacked."""

@@ -143,12 +143,14 @@ class Plan:
         if isinstance(self.unit, bool) or not isinstance(self.unit, int) or self.unit < 1:
             raise HoldfastError(f"unit is {self.unit!r}: give a whole number of images, at least 1")
         with torch.inference_mode(False), left_as_it_was(self.model, self.inputs.device):
-            ledger = Ledger(self.path, self.describe(self._first_logits()))
+            logits = self._first_logits()
+            ledger = Ledger(self.path, self.describe(logits))
             try:
                 self._open(ledger)
                 raised = self._probed(ledger)
                 if not ledger.finished:
-                    self._units(ledger, randomised=any(flag.name == "randomised" for flag in raised))
+                    randomised = any(flag.name == "randomised" for flag in raised)
+                    self._units(ledger, classes=logits.shape[1], randomised=randomised)
                 return self._result(ledger, raised)
             finally:
                 self.display.stop()
@@ -161,12 +163,11 @@ class Plan:
         distributed.barrier()
         if distributed.rank() != 0:
             ledger.open(writes=False)
-        if ledger.finished and self.save_examples:
-            missing = [number for number in range(self._count) if ledger.examples_of(number) is None]
-            if missing:
-                raise HoldfastError(
-                    f"{ledger.path} was finished without its examples: delete it, or choose another --out, to save them"
-                )
+        wanted = range(self._count) if ledger.finished and self.save_examples else ()
+        if not all(ledger.has_examples(number) for number in wanted):
+            raise HoldfastError(
+                f"{ledger.path} was finished without its examples: delete it, or choose another --out, to save them"
+            )
 
     def _first_logits(self) -> Tensor:
         """Of the first few images, (n, K); from the same draws whenever it is called."""
@@ -201,7 +202,7 @@ class Plan:
             write_json(file, {"flags": [flags.as_dict(flag) for flag in raised]})
         return raised
 
-    def _units(self, ledger: Ledger, *, randomised: bool) -> None:
+    def _units(self, ledger: Ledger, *, classes: int, randomised: bool) -> None:
         """Every unit of this process that is not yet done."""
         own = range(distributed.rank(), self._count, distributed.world_size())
         todo = [number for number in own if not ledger.has(number, examples=self.save_examples)]
@@ -214,7 +215,7 @@ class Plan:
         searching = Searching(self.model, x, speed, randomised=randomised)
         images = sum(len(self.inputs.y[self._slice(number)]) for number in todo)
         self.display.work(f"{self.protocol.label}, {self.threat}", images)
-        estimate = Estimate(self.protocol.attacks, deciding(x).shape[1], images)
+        estimate = Estimate(self.protocol.attacks, classes, images)
         for number in todo:
             torch.manual_seed(Key(self.seed).fold("unit", number).torch_seed)
             started = time.monotonic()

@@ -12,8 +12,8 @@ from torch import Tensor
 from holdfast.attacks.stepwise import StepwiseAttack
 from holdfast.evaluation.networks import Deciding
 from holdfast.functional import margin, misclassified
+from holdfast.threat import TOLERANCE
 
-TOLERANCE = 1e-6
 BORDERLINE = 1e-3  # of the largest logit: a margin that another batch size or another machine may turn
 ROBUST, BROKEN, WRONG = "robust", "broken", "wrong"
 
