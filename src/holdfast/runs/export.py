@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.models.factory import build
+from holdfast.parsing import through_json
 from holdfast.runs.files import read_json, write_json, write_whole
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
@@ -39,7 +39,7 @@ def save_model(folder: Path, state: Mapping[str, Tensor], description: Mapping[s
     Raises:
         HoldfastError: the disk is full; an earlier model in the folder is untouched.
     """
-    description = json.loads(json.dumps(description))
+    description = through_json(description)
     name = description["model"].get("name")
     if name and ":" in name:
         source = Path(name.rpartition(":")[0]).expanduser()

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from holdfast.errors import HoldfastError
+from holdfast.parsing import JSON_BYTES, parse_json
+from holdfast.regular_files import read_regular
 
 
 @contextmanager
@@ -70,11 +72,9 @@ def read_json(path: Path) -> dict[str, Any]:
         HoldfastError: the file is missing or damaged.
     """
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(read_regular(path, most=JSON_BYTES), str(path))
     except FileNotFoundError:
         raise HoldfastError(f"{path} is missing: is {path.parent} a folder that holdfast wrote?") from None
-    except ValueError:
-        raise HoldfastError(f"{path} is damaged: it holds no JSON; restore it, or make it anew") from None
     if not isinstance(value, dict):
         raise HoldfastError(f"{path} is damaged: it holds no JSON object; restore it, or make it anew")
     return value

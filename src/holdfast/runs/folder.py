@@ -12,6 +12,8 @@ import yaml
 
 from holdfast import distributed
 from holdfast.errors import HoldfastError
+from holdfast.parsing import LINES_BYTES, YAML_BYTES, parse_json_lines, parse_yaml, through_json
+from holdfast.regular_files import read_regular
 from holdfast.runs.checkpoint import FOLDER, latest_checkpoint
 from holdfast.runs.files import full_disk_told, read_json, write_json, write_text
 
@@ -25,14 +27,10 @@ def read_config(path: Path) -> dict[str, Any]:
         HoldfastError: missing, not YAML, or no mapping.
     """
     try:
-        config = yaml.safe_load(path.read_text())
+        content = read_regular(path, most=YAML_BYTES)
     except FileNotFoundError:
         raise HoldfastError(f"{path} is missing: give the config.yaml of a run") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise HoldfastError(f"{path} is no YAML ({reason}): mend it, or copy the config.yaml of a run") from None
-    except OSError as error:
-        raise HoldfastError(f"{path} cannot be read ({error.strerror}): give the config.yaml of a run") from None
+    config = parse_yaml(content, str(path), advice="mend it, or copy the config.yaml of a run")
     if not isinstance(config, dict):
         raise HoldfastError(f"{path} is no configuration: it must be a mapping, as in the config.yaml of a run")
     return config
@@ -66,7 +64,7 @@ class RunFolder:
                 raise HoldfastError(
                     f"{path} already holds a run: add --resume to go on with it, or choose another --out"
                 )
-            different = difference(read_config(path / CONFIG), json.loads(json.dumps(config)))
+            different = difference(read_config(path / CONFIG), through_json(config))
             if different:
                 raise HoldfastError(
                     f"{path} holds another run, its {different}: --resume repeats the run's own configuration;"
@@ -78,7 +76,7 @@ class RunFolder:
         if writes and not (path / CONFIG).exists():
             with full_disk_told(path):
                 path.mkdir(parents=True, exist_ok=True)
-            write_text(path / CONFIG, yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
+            write_text(path / CONFIG, yaml.safe_dump(through_json(config), sort_keys=False))
         return folder
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
@@ -111,7 +109,7 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """All epochs' lines."""
         path = self.path / METRICS
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return parse_json_lines(read_regular(path, most=LINES_BYTES), str(path)) if path.exists() else []
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary; the run is then finished."""
