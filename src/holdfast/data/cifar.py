@@ -151,7 +151,7 @@ def _members(path: Path, stream: io.BufferedIOBase | IO[bytes]) -> Iterator[tupl
             raise HoldfastError(f"{path}: {name} has {member.size} bytes, more than any of CIFAR's files")
         padded = -(-member.size // _BLOCK) * _BLOCK
         left -= _BLOCK + padded
-        if padded < 0 or left < 0:
+        if member.size < 0 or left < 0:
             raise HoldfastError(
                 f"{path} holds more than {readable_size(_LARGEST_ARCHIVE)}, which CIFAR does not: give it as published"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -81,7 +82,9 @@ def plan_decoding(items: Sequence[Encoded], image_size: int | None = None, *, ro
     if not items:
         raise HoldfastError("there are no images: add some")
     check_image_size(image_size)
-    headers = [_header(item) for item in items]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # these sizes are looked at here
+        headers = [_header(item) for item in items]
     first = headers[0]
     notes = []
     if image_size is None:
@@ -207,6 +210,9 @@ def _opened(item: Encoded) -> Iterator[Image.Image]:
         message = str(error)
         is_told = isinstance(item.source, Path) and message.startswith(f"{item.source} ")
         raise HoldfastError(message if is_told else f"{item.name}: {message}") from error
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise HoldfastError(f"{item.name}: it has more than {most} pixels: make it smaller, or remove it") from error
     except UnidentifiedImageError as error:
         raise HoldfastError(
             f"{item.name} cannot be read (not an image in one of the formats {', '.join(_known_formats())}): replace or"

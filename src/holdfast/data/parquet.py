@@ -14,7 +14,7 @@ from holdfast.data.cifar import CIFAR10_CLASSES
 from holdfast.data.cifar import SUGGESTED_EPSILON as CIFAR_EPSILON
 from holdfast.data.columns import Columns, read_columns
 from holdfast.data.decode import DecodePlan, Encoded, decode_images, plan_decoding
-from holdfast.data.images import Dataset, Images, numbered_classes
+from holdfast.data.images import MOST_CLASSES, Dataset, Images, numbered_classes
 from holdfast.data.limits import Room
 from holdfast.data.split import hold_out_test
 from holdfast.errors import HoldfastError
@@ -206,7 +206,8 @@ def _class_names(columns: Columns) -> tuple[str, ...] | None:
         names = features[columns.label]["names"]
     except (ValueError, LookupError, TypeError):
         return None
-    return tuple(str(name) for name in names) if isinstance(names, list) and names else None
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if is_list and 0 < len(names) <= MOST_CLASSES else None
 
 
 def _is_cifar(columns: Columns, classes: tuple[str, ...], plan: DecodePlan) -> bool:
