@@ -10,6 +10,7 @@ from holdfast import __version__
 from holdfast.cli.table import COMMANDS
 from holdfast.errors import HoldfastError, unknown_name
 
+_LONGEST = 5000  # signs of a message, which may quote what stands in a file
 _MODULES = {"list": "listing"}
 
 
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(message: str) -> int:
-    print(f"holdfast: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())[:_LONGEST]
+    print("holdfast: " + "".join(sign if sign.isprintable() else "?" for sign in line), file=sys.stderr)
     return 2
 
 

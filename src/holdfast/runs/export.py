@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
+from holdfast.models import factory
 from holdfast.models.factory import build
 from holdfast.parsing import through_json
+from holdfast.runs.description import check_description
 from holdfast.runs.files import read_json, write_json, write_whole
+from holdfast.runs.weights_header import weight_shapes
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 
@@ -58,6 +61,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         HoldfastError: missing or damaged.
     """
     try:
+        weight_shapes(file)
         return load_file(file)
     except FileNotFoundError:
         raise HoldfastError(f"{file} is missing: give a run folder, a model folder or a .safetensors file") from None
@@ -72,14 +76,18 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) ->
         HoldfastError: names or shapes differ; the first few are told.
     """
     own = model.state_dict()
-    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
+    _require_same_shapes({name: tensor.shape for name, tensor in own.items()}, state, source)
+    model.load_state_dict(dict(state))
+
+
+def _require_same_shapes(own: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], source: Path) -> None:
+    wrong = [name for name in own if name not in state or tuple(state[name].shape) != tuple(own[name])]
     wrong += [name for name in state if name not in own]
     if wrong:
         raise HoldfastError(
             f"the weights in {source} do not fit the model: {', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}"
             " differ; give the same --model and image size as they were trained with"
         )
-    model.load_state_dict(dict(state))
 
 
 def model_folder(path: Path, checkpoint: str = "best") -> Path:
@@ -98,12 +106,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     """What config.json of a model folder says.
 
     Raises:
-        HoldfastError: missing, damaged, or without what every model folder says.
+        HoldfastError: missing or damaged; without what every model folder says, or with values of other kinds.
     """
     description = read_json(folder / DESCRIPTION)
-    for key in ("model", "input", "threat"):
-        if not isinstance(description.get(key), dict):
-            raise HoldfastError(f"{folder / DESCRIPTION} is damaged: it lacks {key!r}; restore it or train anew")
+    check_description(description, str(folder / DESCRIPTION))
     return description
 
 
@@ -120,13 +126,16 @@ def load_model(path: str | Path, *, checkpoint: str = "best", model: nn.Module |
     """
     folder = model_folder(Path(path), checkpoint)
     spec = dict(read_description(folder)["model"])
+    if model is None and spec.get("name") is None:
+        raise HoldfastError(
+            f"the model in {folder} is a {spec.get('class')} of your own: pass it as load_model(path, model=…)"
+        )
+    weights = read_weights(folder / WEIGHTS)
     if model is None:
-        if spec.get("name") is None:
-            raise HoldfastError(
-                f"the model in {folder} is a {spec.get('class')} of your own: pass it as load_model(path, model=…)"
-            )
+        if not factory.is_own(spec["name"]):  # an absurd size is refused before it is allocated
+            _require_same_shapes(factory.shapes(**spec), weights, folder / WEIGHTS)
         model = rebuild(spec, folder)
-    load_weights(model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    load_weights(model, weights, folder / WEIGHTS)
     return model.eval()
 
 
