@@ -9,6 +9,7 @@ import torch
 
 from holdfast.errors import HoldfastError
 from holdfast.runs.files import full_disk_told, write_whole
+from holdfast.zip_files import require_plain_torch_file
 
 FOLDER = "checkpoints"
 
@@ -58,6 +59,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         HoldfastError: it is damaged, or holds more than tensors and plain values.
     """
     try:
+        require_plain_torch_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a cut zip file raises anything from EOFError to RuntimeError
         others = [other.name for other in checkpoints(path.parent.parent) if other != path]

@@ -16,6 +16,7 @@ from holdfast.errors import HoldfastError
 from holdfast.models import factory
 from holdfast.models.factory import build
 from holdfast.parsing import through_json
+from holdfast.regular_files import is_regular
 from holdfast.runs.description import check_description
 from holdfast.runs.files import read_json, write_json, write_whole
 from holdfast.runs.weights_header import weight_shapes
@@ -92,10 +93,10 @@ def _require_same_shapes(own: Mapping[str, Sequence[int]], state: Mapping[str, T
 
 def model_folder(path: Path, checkpoint: str = "best") -> Path:
     """The model folder that a run folder, or a model folder itself, stands for."""
-    if (path / DESCRIPTION).is_file():
+    if is_regular(path / DESCRIPTION):
         return path
     folder = path / ("model" if checkpoint == "best" else "last")
-    if not (folder / DESCRIPTION).is_file():
+    if not is_regular(folder / DESCRIPTION):
         raise HoldfastError(
             f"{path} holds no trained model ({folder.name}/{DESCRIPTION} is missing): give a run folder"
         )
