@@ -18,6 +18,7 @@ from holdfast.errors import HoldfastError
 from holdfast.parsing import LINES_BYTES, parse_json_lines, through_json
 from holdfast.regular_files import read_regular
 from holdfast.runs.files import read_json, write_json, write_text, write_whole
+from holdfast.runs.weights_header import weight_shapes
 
 PROTOCOL, LEDGER, UNITS, EXAMPLES = "protocol.json", "ledger.jsonl", "units", "examples"
 SAYS = {
@@ -130,7 +131,10 @@ class Ledger:
             return self.kept[number][1]
         file = self.examples_file(number)
         try:
-            return load_file(file) if file.is_file() else None
+            if not file.is_file():
+                return None
+            weight_shapes(file)
+            return load_file(file)
         except (SafetensorError, OSError):
             raise HoldfastError(f"{file} is damaged: restore it, or delete the folder and evaluate again") from None
 

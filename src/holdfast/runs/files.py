@@ -41,7 +41,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     try:
         with full_disk_told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("wb") as file:
+            beside.unlink(missing_ok=True)  # it may be a link to another file, or a pipe
+            with beside.open("xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())

@@ -15,7 +15,7 @@ from holdfast.errors import HoldfastError
 from holdfast.parsing import LINES_BYTES, YAML_BYTES, parse_json_lines, parse_yaml, through_json
 from holdfast.regular_files import read_regular
 from holdfast.runs.checkpoint import FOLDER, latest_checkpoint
-from holdfast.runs.files import full_disk_told, read_json, write_json, write_text
+from holdfast.runs.files import full_disk_told, read_json, write_json, write_text, write_whole
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "environment.json", "metrics.jsonl", "summary.json"
 
@@ -103,8 +103,8 @@ class RunFolder:
         """Keep the first so many lines: those that the checkpoint knows of."""
         if self.writes:
             path = self.path / METRICS
-            kept = path.read_text().splitlines(keepends=True)[:lines] if path.exists() else []
-            write_text(path, "".join(kept))
+            content = read_regular(path, most=LINES_BYTES) if path.exists() else b""
+            write_whole(path, lambda file: file.writelines(content.splitlines(keepends=True)[:lines]))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All epochs' lines."""
