@@ -73,7 +73,13 @@ GONE = (("summary.json", "circle"),)
 
 
 @pytest.mark.parametrize("name", USES)
-@pytest.mark.parametrize("how", [*CONTENTS, *KINDS])
+@pytest.mark.parametrize(
+    "how",
+    [
+        how if how in ("nested", "twice", "pipe", "device") else pytest.param(how, marks=pytest.mark.slow)
+        for how in (*CONTENTS, *KINDS)
+    ],
+)
 def test_files_of_a_run(
     name: str, how: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,7 +100,7 @@ def test_files_of_a_run(
 
 
 @pytest.mark.parametrize("name", ["environment.json", "metrics.jsonl", f"{EVALUATION}/probes.json"])
-@pytest.mark.parametrize("how", ["nested", "binary", "pipe", "device"])
+@pytest.mark.parametrize("how", ["nested", "pipe"])
 def test_files_that_are_made_anew(
     name: str, how: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

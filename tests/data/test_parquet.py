@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,9 @@ from PIL import Image
 
 from holdfast.data import parquet
 from holdfast.data.cifar import CIFAR10_CLASSES
+from holdfast.data.columns import read_columns
+from holdfast.data.limits import Room
+from holdfast.data.parquet_pages import require_honest_pages
 from holdfast.errors import HoldfastError
 
 pa = pytest.importorskip("pyarrow", reason="Parquet files are written and read with pyarrow")
@@ -240,3 +245,50 @@ def test_says_what_to_install(tmp_path, monkeypatch):
 def test_does_not_recognise_other_folders(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"")
     assert not parquet.recognises(tmp_path)
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd", "lz4", "brotli"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_every_way_of_writing(tmp_path, compression, version, dictionary):
+    """Pages of every kind are as honest as the metadata says."""
+    table = make_table(np.concatenate([TRAIN] * 20), LABELS * 20)
+    options = {"compression": compression, "data_page_version": version, "use_dictionary": dictionary}
+    options |= {"data_page_size": 500, "row_group_size": 50, "write_page_index": dictionary}
+    pq.write_table(table, tmp_path / "train.parquet", **options)
+    pq.write_table(make_table(TEST, [1, 0]), tmp_path / "test.parquet", **options)
+    data = parquet.read(tmp_path)
+    assert np.array_equal(data.train.pixels.numpy(), np.concatenate([TRAIN] * 20))
+    assert data.train.labels.tolist() == LABELS * 20
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_pages_that_lie(tmp_path, compression):
+    """Less in the metadata than in the pages is refused, whichever of the two is wrong."""
+    pq.write_table(make_table(TRAIN, LABELS), tmp_path / "train.parquet", compression=compression)
+    metadata = pq.ParquetFile(tmp_path / "train.parquet").metadata
+    names = ("data_page_offset", "dictionary_page_offset", "has_dictionary_page", "total_compressed_size")
+    for place in range(metadata.num_columns):
+        chunk = metadata.row_group(0).column(place)
+        honest = {name: getattr(chunk, name) for name in (*names, "total_uncompressed_size")}
+        with (tmp_path / "train.parquet").open("rb") as file:
+            require_honest_pages(file, SimpleNamespace(**honest))
+            for change in (
+                {"total_uncompressed_size": 1},
+                {"total_compressed_size": -1},
+                {"data_page_offset": -5, "has_dictionary_page": False},
+                {"data_page_offset": 1 << 40, "has_dictionary_page": False},
+            ):
+                with pytest.raises(EOFError):
+                    require_honest_pages(file, SimpleNamespace(**{**honest, **change}))
+
+
+def test_the_file_of_a_folder_that_is_none(tmp_path):
+    """A pipe among the shards is refused at once."""
+    write(tmp_path)
+    (tmp_path / "train-00001-of-00002.parquet").unlink()
+    os.mkfifo(tmp_path / "train-00001-of-00002.parquet")
+    with pytest.raises(HoldfastError, match=r"lacks train-00001-of-00002.parquet"):
+        parquet.read(tmp_path)
+    with pytest.raises(HoldfastError, match=r"train-00001-of-00002.parquet is a pipe, not a file"):
+        read_columns(tmp_path / "train-00001-of-00002.parquet", ("image",), ("label",), Room())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 
 from holdfast.data import svhn
+from holdfast.data.limits import Room
+from holdfast.data.matlab import read_numeric
 from holdfast.errors import HoldfastError
 
 scipy_io = pytest.importorskip("scipy.io", reason="SVHN's files are MATLAB files, written and read with SciPy")
@@ -79,3 +83,31 @@ def test_refuses_other_content(folder, content, message):
     scipy_io.savemat(folder / "train_32x32.mat", content)
     with pytest.raises(HoldfastError, match=message):
         svhn.read(folder)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("kind", ["u1", "i2", "u4", "f4", "f8", "i8"])
+def test_numbers_of_every_kind(tmp_path, order, compressed, kind):
+    """Both byte orders, packed and not, stored in the types that MATLAB has; other variables are passed over."""
+    values = np.arange(1, 11).reshape(5, 2)
+    content = {"first": "text", "y": values.astype(kind), "last": {"a": 1}, "X": TRAIN}
+    scipy_io.savemat(tmp_path / "a.mat", content, do_compression=compressed)
+    if order == ">":
+        raw = b"".join(swapped(tmp_path / "a.mat", values.astype(kind)))
+        (tmp_path / "a.mat").write_bytes(raw)
+    found = read_numeric(tmp_path / "a.mat", ("y", "z"), Room())
+    assert list(found) == ["y"]
+    assert found["y"].dtype == np.dtype(kind)
+    assert found["y"].tolist() == values.tolist()
+
+
+def swapped(file, values):
+    """The same file with one variable, written as a machine of the other byte order does."""
+    yield file.read_bytes()[:124] + b"\1\0MI"
+    classes = {"u1": (9, 2), "i2": (10, 3), "u4": (13, 6), "f4": (7, 7), "f8": (6, 9), "i8": (14, 12)}
+    kind, stored = classes[values.dtype.str[1:]]
+    data = values.astype(values.dtype.newbyteorder(">")).tobytes(order="F")
+    body = struct.pack(">IIII", 6, 8, kind, 0) + struct.pack(">IIii", 5, 8, *values.shape)
+    body += struct.pack(">HH4s", 1, 1, b"y") + struct.pack(">II", stored, len(data)) + data + bytes(-len(data) % 8)
+    yield struct.pack(">II", 14, len(body)) + body
