@@ -17,6 +17,10 @@ class NonFiniteLoss(HoldfastError):
     """A loss term became NaN or infinite; the message names the term."""
 
 
+class Damaged(HoldfastError):
+    """A file is not as it was written; the message names it and says how to go on."""
+
+
 def unknown_name(what: str, name: object, allowed: Iterable[str]) -> HoldfastError:
     """The refusal of a name, with the nearest that exist."""
     allowed = list(allowed)
