@@ -18,7 +18,16 @@ class NonFiniteLoss(HoldfastError):
 
 
 class Damaged(HoldfastError):
-    """A file is not as it was written; the message names it and says how to go on."""
+    """A file is not as it was written.
+
+    Args:
+        what: Which file, and what is wrong with it.
+        advice: How to go on.
+    """
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(f"{what}: {advice}" if advice else what)
+        self.what = what
 
 
 def unknown_name(what: str, name: object, allowed: Iterable[str]) -> HoldfastError:

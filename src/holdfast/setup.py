@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from holdfast.errors import HoldfastError
 from holdfast.forward import Batch
 from holdfast.keyed_random import Key
 from holdfast.recipe import Recipe
-from holdfast.run_data import extra_part, hold_out, make_loader, refuse_extra_mismatch
+from holdfast.run_data import data_digests, extra_part, hold_out, make_loader, refuse_extra_mismatch
 from holdfast.run_models import DERIVED, build_model, further_networks, load_initial
 from holdfast.runs.environment import supports_bf16
 from holdfast.schedule import Progress
@@ -49,6 +49,10 @@ class Setup:
     config: dict[str, Any]
     description: dict[str, Any]
     notes: tuple[str, ...]
+    code: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the person's own files of code that the run needs, by name."""
+    data_digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the images and labels, by what they are for; empty on all processes but the first."""
 
     def summary(self, results: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """What summary.json holds. Accuracies are fractions, on the test set."""
@@ -148,6 +152,7 @@ def prepare(
             *told(recipe, dataset, settings, device, batch_size, training, validation, extra),
             *recipe_notes(recipe, init),
         ),
+        data_digests=data_digests(training, validation, dataset.test, extra),
     )
 
 

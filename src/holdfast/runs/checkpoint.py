@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from holdfast.errors import Damaged, HoldfastError
-from holdfast.runs.digests import of_file, require, tell_unchecked
+from holdfast.runs.digests import beside, matches, of_file, tell_unchecked
 from holdfast.runs.files import full_disk_told, remove_hashed, write_whole
 
 FOLDER = "checkpoints"
@@ -72,13 +72,14 @@ def load_checkpoint(path: Path, *, check: bool = True) -> dict[str, Any]:
     """
     try:
         if check:
-            unchecked: list[Path] = []
-            require(path, of_file(path), advice="restore it or remove it", unchecked=unchecked.append)
-            if unchecked:
+            right = matches(path, of_file(path))
+            if right is None:
                 with zipfile.ZipFile(path) as archive:
                     if archive.testzip() is not None:
                         raise zipfile.BadZipFile
                 tell_unchecked(path)
+            elif not right:
+                raise Damaged(f"checkpoint {path} is damaged (its SHA-256 is not the one in {beside(path).name})")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (Damaged, MemoryError):
         raise

@@ -77,6 +77,12 @@ def recorded(path: Path) -> tuple[str, ...] | None:
         return ()
 
 
+def matches(path: Path, digest: str) -> bool | None:
+    """Return whether a digest is among those recorded beside a file; None if none is recorded."""
+    known = recorded(path)
+    return None if known is None else digest in known
+
+
 def require(path: Path, digest: str, *, advice: str, unchecked: Callable[[Path], None] | None = None) -> None:
     """Refuse a file whose digest is not the recorded one.
 
@@ -89,13 +95,13 @@ def require(path: Path, digest: str, *, advice: str, unchecked: Callable[[Path],
     Raises:
         Damaged: it is not as it was written.
     """
-    known = recorded(path)
-    if known is None:
+    right = matches(path, digest)
+    if right is None:
         (unchecked or tell_unchecked)(path)
-    elif digest not in known:
+    elif not right:
         raise Damaged(
-            f"{path} was changed or damaged after it was written (its SHA-256 is not the one in {beside(path).name}):"
-            f" {advice}; to use it as it is, delete {beside(path).name}"
+            f"{path} was changed or damaged after it was written (its SHA-256 is not the one in {beside(path).name})",
+            f"{advice}; to use it as it is, delete {beside(path).name}",
         )
 
 

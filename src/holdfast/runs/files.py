@@ -111,12 +111,12 @@ def read_json(path: Path, *, advice: str = "restore it, or make it anew") -> dic
     except FileNotFoundError:
         raise HoldfastError(f"{path} is missing: is {path.parent} a folder that holdfast wrote?") from None
     except OSError as error:
-        raise Damaged(f"{path} cannot be read ({error.strerror}): {advice}") from None
+        raise Damaged(f"{path} cannot be read ({error.strerror})", advice) from None
     except ValueError:
-        raise Damaged(f"{path} is damaged: it holds no JSON; {advice}") from None
+        raise Damaged(f"{path} is damaged: it holds no JSON", advice) from None
     if not isinstance(value, dict):
-        raise Damaged(f"{path} is damaged: it holds no JSON object; {advice}")
+        raise Damaged(f"{path} is damaged: it holds no JSON object", advice)
     plain, right = digests.opened(value)
     if not right:
-        raise Damaged(f"{path} was changed or damaged after it was written: {advice}")
+        raise Damaged(f"{path} was changed or damaged after it was written", advice)
     return plain
