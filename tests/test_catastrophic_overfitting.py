@@ -41,6 +41,7 @@ from holdfast.objectives.prior_guided import PriorGuided
 from holdfast.progress_display import Display
 from holdfast.recipe import SGD, Recipe
 from holdfast.recipes import RECIPES
+from holdfast.runs.files import read_json
 from holdfast.runs.state import training_state
 from holdfast.schedule import Progress
 from holdfast.steps.free import Free
@@ -322,7 +323,7 @@ def test_stop_ends_the_run_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert newest_checkpoint(run.path)["stopped"] is True
 
     again = go(tmp_path / "run", "stop", resume=True, epochs=5)
-    assert again.summary == json.loads((run.path / "summary.json").read_text())
+    assert again.summary == read_json(run.path / "summary.json")
     (run.path / "summary.json").unlink()  # killed before the closing evaluation was done
     go(tmp_path / "run", "stop", resume=True, epochs=5)
     assert steps == list(range(6))

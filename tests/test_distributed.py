@@ -50,6 +50,7 @@ from holdfast.errors import HoldfastError
 from holdfast.forward import Forward
 from holdfast.interruption import Interrupted
 from holdfast.loop import Loop
+from holdfast.runs.files import read_json
 from holdfast.runs.folder import RunFolder
 from holdfast.schedule import Progress
 from holdfast.threat import Linf
@@ -317,7 +318,7 @@ def test_metrics_and_accuracies_equal_those_of_one_process(case: str, folder: Pa
     for name in ("model", "last"):
         for alone, together in zip(weights(one, name).values(), weights(two, name).values(), strict=True):
             torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
-    told = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
+    told = [read_json(run / "summary.json") for run in (one, two)]
     for key in ("clean_accuracy", "robust_accuracy", "interval", "n", "best", "last"):
         assert told[0][key] == told[1][key]
 

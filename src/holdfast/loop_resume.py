@@ -192,7 +192,7 @@ def _metrics_problem(folder: RunFolder, found: Found | None, epochs: int) -> lis
     except Damaged as error:
         return [error.what]
     known = None if found is None else found.state.get("metrics")
-    if known is None:
+    if found is None or known is None:
         right = count == epochs
     else:
         right = path.exists() and path.read_bytes().startswith("".join(known).encode())

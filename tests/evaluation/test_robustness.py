@@ -22,11 +22,13 @@ from holdfast.attacks.fab import FAB
 from holdfast.attacks.iterative import IterativeGradient
 from holdfast.attacks.square import Square
 from holdfast.attacks.stepwise import StepwiseAttack
-from holdfast.errors import HoldfastError
+from holdfast.errors import Damaged, HoldfastError
 from holdfast.evaluation.networks import Speed
 from holdfast.evaluation.protocols import Options, autoattack, named, of_attacks
 from holdfast.evaluation.robustness import Result, evaluate
 from holdfast.evaluation.verified import recount
+from holdfast.runs.digests import beside
+from holdfast.runs.files import read_json
 from holdfast.threat import L1, L2, Linf, ThreatModel
 
 EPSILON = 0.15
@@ -110,6 +112,9 @@ def test_a_recount_sees_a_forged_image_and_another_network(model: nn.Module, tmp
     forged = whole["x_adv"].clone()
     forged[place] = whole["x"][place] + 2 * (forged[place] - whole["x"][place])  # outside the ball
     save_file({**whole, "x_adv": forged.clamp(0, 1)}, file)
+    with pytest.raises(Damaged, match=r"000000.safetensors was changed or damaged"):
+        recount(tmp_path / "e", model)
+    beside(file).unlink()  # as someone would who forges it on purpose
     assert recount(tmp_path / "e", model)["differing"] == [found.rows[place]["index"]]
 
 
@@ -344,7 +349,7 @@ def test_two_cannot_write_one_ledger(model: nn.Module, tmp_path: Path) -> None:
     from holdfast.evaluation.ledger import Ledger
 
     short(model, out=tmp_path / "e")
-    holder = Ledger(tmp_path / "e", json.loads((tmp_path / "e" / "protocol.json").read_text()))
+    holder = Ledger(tmp_path / "e", read_json(tmp_path / "e" / "protocol.json"))
     holder.open(writes=True)
     with pytest.raises(HoldfastError, match="another evaluation is writing"):
         short(model, out=tmp_path / "e")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import Damaged, HoldfastError
 from holdfast.evaluation.results import (
     Row,
     aligned,
@@ -21,6 +21,7 @@ from holdfast.evaluation.results import (
     threat_in_words,
 )
 from holdfast.evaluation.statistics import difference_interval, mcnemar, wilson_interval
+from holdfast.runs.digests import checked_bytes
 from holdfast.runs.files import read_json
 
 PROTOCOL, LEDGER, FLAGS = "protocol.json", "ledger.jsonl", "flags.json"
@@ -53,7 +54,7 @@ def read_protocol(folder: Path) -> dict[str, Any]:
         HoldfastError: missing, damaged, or of another version.
     """
     path = folder / PROTOCOL
-    protocol = read_json(path)
+    protocol = read_json(path, advice=_anew(folder))
     if protocol.get("format") != FORMAT:
         raise HoldfastError(
             f"{path} has format {protocol.get('format')}, this version reads {FORMAT}: use holdfast"
@@ -61,8 +62,12 @@ def read_protocol(folder: Path) -> dict[str, Any]:
         )
     lacking = [key for key in _NEEDED if key not in protocol]
     if lacking:
-        raise HoldfastError(f"{path} is damaged, it lacks {', '.join(lacking)}: restore it or evaluate anew")
+        raise Damaged(f"{path} is damaged, it lacks {', '.join(lacking)}", _anew(folder))
     return protocol
+
+
+def _anew(folder: Path) -> str:
+    return f"restore it from a copy, or delete {folder} and evaluate again"
 
 
 def read_finished(folder: Path) -> Finished:
@@ -76,26 +81,27 @@ def read_finished(folder: Path) -> Finished:
         if not (folder / name).is_file():
             raise _incomplete(folder, f"{name} is missing")
     rows = []
-    for number, line in enumerate((folder / LEDGER).read_bytes().splitlines(), 1):
-        rows.append(_row(line, f"line {number} of {folder / LEDGER}"))
+    for number, line in enumerate(checked_bytes(folder / LEDGER, advice=_anew(folder)).splitlines(), 1):
+        rows.append(_row(line, f"line {number} of {folder / LEDGER}", _anew(folder)))
     if len(rows) < protocol["n"]:
         raise _incomplete(folder, f"{len(rows)} of {protocol['n']} images are done")
     if len(rows) > protocol["n"] or len({row["index"] for row in rows}) < len(rows):
-        raise HoldfastError(f"{folder / LEDGER} is damaged, it names an image twice or too many: evaluate anew")
-    flags = read_json(folder / FLAGS).get("flags")
+        raise Damaged(f"{folder / LEDGER} is damaged, it names an image twice or too many", _anew(folder))
+    advice = "give the same `holdfast evaluate` command again, which writes it anew"
+    flags = read_json(folder / FLAGS, advice=advice).get("flags")
     if not isinstance(flags, list):
-        raise HoldfastError(f"{folder / FLAGS} is damaged, it holds no flags: restore it or evaluate anew")
+        raise Damaged(f"{folder / FLAGS} is damaged, it holds no flags", advice)
     return Finished(folder, protocol, sorted(rows, key=lambda row: row["index"]), flags)
 
 
-def _row(line: bytes, what: str) -> dict[str, Any]:
+def _row(line: bytes, what: str, advice: str) -> dict[str, Any]:
     """A line of the ledger, or a refusal."""
     try:
         value = json.loads(line)
     except ValueError:
         value = None
     if not isinstance(value, dict) or not value.keys() >= _KEYS:
-        raise HoldfastError(f"{what} is damaged: restore the file or evaluate anew")
+        raise Damaged(f"{what} is damaged", advice)
     return value
 
 

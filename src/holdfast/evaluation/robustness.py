@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +164,9 @@ class Plan:
         distributed.barrier()
         if distributed.rank() != 0:
             ledger.open(writes=False)
-        wanted = range(self._count) if ledger.finished and self.save_examples else ()
-        if not all(ledger.has_examples(number) for number in wanted):
-            raise HoldfastError(
-                f"{ledger.path} was finished without its examples: delete it, or choose another --out, to save them"
-            )
+        if ledger.finished:
+            look = partial(ledger.look_at_examples, self._count, wanted=self.save_examples, say=self.display.say)
+            distributed.decided_by_first(look)
 
     def _first_logits(self) -> Tensor:
         """Of the first few images, (n, K); from the same draws whenever it is called."""
@@ -189,9 +188,9 @@ class Plan:
         file = None if ledger.path is None else ledger.path / "probes.json"
         if file is not None and file.is_file():
             try:
-                return [flags.Flag(**found) for found in read_json(file)["flags"]]
-            except (HoldfastError, KeyError, TypeError):
-                pass  # damaged: measured again
+                return [flags.from_dict(found) for found in read_json(file)["flags"]]
+            except (HoldfastError, LookupError, TypeError):
+                self.display.say(f"{file} is damaged: it is measured again")
         key = Key(self.seed).fold("probes")
         some = permutation(key.fold("images"), len(self.inputs.y))[:PROBED].sort().values
         x, y, index = self.inputs.part(some)
@@ -206,6 +205,8 @@ class Plan:
         """Every unit of this process that is not yet done."""
         own = range(distributed.rank(), self._count, distributed.world_size())
         todo = [number for number in own if not ledger.has(number, examples=self.save_examples)]
+        for damage in ledger.damaged:
+            self.display.say(f"{damage}: these images are evaluated again")
         if not todo:
             return
         x = self.inputs.part(slice(0, TRIED))[0]
@@ -277,6 +278,10 @@ class Plan:
         distributed.barrier()
         if not (distributed.rank() == 0 or ledger.path is None):
             rows = ledger.merged(self._count, len(self.inputs.y))
+        if ledger.unchecked:
+            self.display.say(
+                f"files of {ledger.path} are used unchecked, without a .sha256 beside them (older versions wrote none)"
+            )
         every = [*raised, *(flags.from_rows(rows, threat=self.threat) if self.probe else [])]
         told = [flags.as_dict(flag) for flag in every]
         summary = results.summarize(rows, protocol, told)

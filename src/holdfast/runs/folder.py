@@ -189,14 +189,13 @@ class RunFolder:
             HoldfastError: the file is damaged.
         """
         path = self.path / METRICS
+        advice = f"`holdfast train --resume --out {self.path}` writes it anew from the checkpoint"
         try:
             lines = [json.loads(line) for line in path.read_bytes().decode().splitlines()] if path.exists() else []
         except ValueError:
-            lines = [None]
+            raise Damaged(f"{path} is damaged", advice) from None
         if not all(isinstance(line, dict) for line in lines):
-            raise Damaged(
-                f"{path} is damaged", f"`holdfast train --resume --out {self.path}` writes it anew from the checkpoint"
-            )
+            raise Damaged(f"{path} is damaged", advice)
         return lines
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
