@@ -184,6 +184,15 @@ def test_one_kept_checkpoint_survives_the_damaged_one(stopped: Path, whole: Path
     assert load_checkpoint(written).keys() == state.keys()
 
 
+def test_what_a_kill_left_beside_checkpoints_goes(stopped: Path, tmp_path: Path) -> None:
+    """Half a checkpoint, and a digest without its checkpoint."""
+    out = Path(shutil.copytree(stopped, tmp_path / "run"))
+    (out / "checkpoints" / ".step-0000000011.pt.part").write_bytes(b"PK")
+    (out / "checkpoints" / "step-0000000011.pt.sha256").write_text("lost")
+    written = save_checkpoint(out, 12, {"format": 1}, keep=1)
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {written.name, beside(written).name}
+
+
 def test_a_checkpoint_of_an_older_version(stopped: Path, whole: Path, tmp_path: Path) -> None:
     """Without digests, configuration, data and metrics it goes on and ends the same; its metrics must be whole."""
     for how in ("whole", "damaged", "cut", "gone"):

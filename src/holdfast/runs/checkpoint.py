@@ -57,6 +57,9 @@ def save_checkpoint(
     good = [old for old in checkpoints(run) if old not in bad]
     for old in (*bad, *good[:-keep]):
         remove_hashed(old)
+    for left in (*path.parent.glob(".step-*.part"), *path.parent.glob("step-*.pt.sha256")):  # by a kill
+        if left.suffix == ".part" or not left.with_suffix("").exists():
+            left.unlink(missing_ok=True)
     return path
 
 
