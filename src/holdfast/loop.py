@@ -338,6 +338,7 @@ class Loop:
                 self.folder.path / name,
                 self.exported(),
                 {**self.setup.description, "epoch": epoch, "validation": validation},
+                code=self.setup.code.get("model"),
             )
         distributed.barrier()
 

@@ -14,11 +14,14 @@ from holdfast import distributed
 from holdfast.data.images import Dataset
 from holdfast.interruption import Interruption
 from holdfast.loop import Loop
+from holdfast.models.own_file import OwnCode
+from holdfast.models.trust import trusting
 from holdfast.progress_display import Display
 from holdfast.recipe import Recipe
 from holdfast.runs.environment import environment
 from holdfast.runs.export import load_model
 from holdfast.runs.folder import RunFolder
+from holdfast.runs.own_code import keep_code
 from holdfast.setup import Settings, Setup, prepare
 
 
@@ -37,7 +40,7 @@ class FinishedRun:
 def fit(
     recipe: Recipe,
     data: str | Dataset,
-    model: str | nn.Module = "small_cnn",
+    model: str | nn.Module | OwnCode = "small_cnn",
     *,
     out: str | Path | None = None,
     seed: int = 0,
@@ -46,6 +49,8 @@ def fit(
     init: str | Path | None = None,
     model_options: Mapping[str, Any] | None = None,
     display: Display | None = None,
+    code: Mapping[str, OwnCode] | None = None,
+    trust_code: bool | str | None = None,
 ) -> FinishedRun:
     """Train a classifier by a recipe, keep everything in a run folder, and evaluate the best weights.
 
@@ -60,6 +65,10 @@ def fit(
         init: Start from these weights: a run folder, a model folder or a ``.safetensors`` file.
         model_options: Further arguments of a model built by name.
         display: Where progress is shown; nowhere by default.
+        code: Code that a configuration names, by part, as `holdfast.runs.own_code.configured_code` reads it. It is
+            executed only where it is trusted.
+        trust_code: The SHA-256 of code that may be executed though only a file names it, or True for any such code:
+            that of a teacher's run, or of the run that labels extra images.
 
     Raises:
         HoldfastError: bad input; the message says what to do, and nothing is lost.
@@ -74,16 +83,18 @@ def fit(
     started = distributed.start_from_environment()
     try:
         began = resume and out is not None and RunFolder(Path(out)).latest is not None
-        setup = prepare(
-            recipe,
-            data,
-            model,
-            seed=seed,
-            settings=settings or Settings(),
-            init=init,
-            options=model_options,
-            started=began,
-        )
+        with trusting(trust_code):
+            setup = prepare(
+                recipe,
+                data,
+                model,
+                seed=seed,
+                settings=settings or Settings(),
+                init=init,
+                options=model_options,
+                started=began,
+                code=code,
+            )
         shown = display if display is not None and distributed.rank() == 0 else Display()
         path = Path(out) if out is not None else _default_folder(setup)
         folder = RunFolder.create(path, setup.config, resume=resume, writes=distributed.rank() == 0)
@@ -93,7 +104,8 @@ def fit(
             shown.say(f"{path} is already finished")
             return FinishedRun(path, done)
         folder.write_environment(environment())
-        for note in setup.notes:
+        kept = keep_code(path, setup.code) if folder.writes else []
+        for note in (*setup.notes, *kept):
             shown.say(note)
         try:
             with Interruption() as interruption:

@@ -64,6 +64,7 @@ def parser() -> Parser:
     known.add_argument("--compile", action="store_true", help="compile the searching network")
     known.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda (auto)")
     known.add_argument("--out", metavar="DIR", help="the evaluation's folder (RUN/evaluations/NAME)")
+    known.add_trust()
     known.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     return known
 
@@ -72,11 +73,13 @@ def run(argv: Sequence[str]) -> int:
     """Evaluate, write the ledger and the summary, print it."""
     asked = parser().read(argv)
     from holdfast import distributed
+    from holdfast.models.trust import trusting
 
     started = distributed.start_from_environment()
     first = distributed.rank() == 0
     try:
-        found = measure(asked)
+        with trusting(asked.trust_code):
+            found = measure(asked)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; finished units are kept: give the same command again to go on") from None
     finally:

@@ -14,6 +14,7 @@ from holdfast import distributed
 from holdfast.errors import HoldfastError
 from holdfast.runs.checkpoint import FOLDER, latest_checkpoint
 from holdfast.runs.files import full_disk_told, read_json, write_json, write_text
+from holdfast.runs.own_code import with_copies_named
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "environment.json", "metrics.jsonl", "summary.json"
 
@@ -66,7 +67,7 @@ class RunFolder:
                 raise HoldfastError(
                     f"{path} already holds a run: add --resume to go on with it, or choose another --out"
                 )
-            different = difference(read_config(path / CONFIG), json.loads(json.dumps(config)))
+            different = difference(with_copies_named(read_config(path / CONFIG)), json.loads(json.dumps(config)))
             if different:
                 raise HoldfastError(
                     f"{path} holds another run, its {different}: --resume repeats the run's own configuration;"
