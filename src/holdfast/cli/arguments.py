@@ -47,8 +47,9 @@ class Parser(argparse.ArgumentParser):
         spelt = []
         for word in joined(argv):
             name, equals, value = word.partition("=")
-            if name.replace("_", "-") == "--trust-code":
-                equals, value = "=", value or ANY  # without a hash, the next word is not its value
+            if name in ("--trust-code", "--trust_code"):
+                name, equals, value = "--trust-code", "=", value or ANY  # the next word is not its value
+                word = name + equals + value
             other = name.replace("_", "-")
             spelt.append(
                 other + equals + value if name.startswith("--") and name not in options and other in options else word
