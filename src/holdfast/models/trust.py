@@ -75,9 +75,8 @@ def require(code: OwnCode) -> str:
         return "store"
     refused = " (another hash than the one that is trusted)" if given or environment else ""
     raise HoldfastError(
-        f"{code.path} is code that came with {code.folder}, and nobody asked for it to be run{refused}: read it; then"
-        f" add --trust-code={code.sha256} or, from Python, trust_code={code.sha256[:8]}…, or name your own copy of the"
-        " file"
+        f"{code.path} is code that came with {code.folder}, and nobody asked for it to be run{refused}: read it, then add"
+        f" --trust-code={code.sha256} (in Python: trust_code=), or name your own copy of the file"
     )
 
 
