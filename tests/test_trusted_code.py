@@ -226,7 +226,7 @@ def test_the_refusal_says_file_hash_and_what_to_do(
     assert str(sent.run / "model" / "net.py") in told
     assert f"--trust-code={sent.sha256}" in told
     assert command("evaluate", sent.run, "--attack", "fgsm", "--out", elsewhere.parent / "a", "--trust-code") == 0
-    assert f"running {sent.run / 'model' / 'net.py'}, SHA-256 {sent.sha256}" in capsys.readouterr().err
+    assert f"running {sent.run / 'model' / 'net.py'}:make, SHA-256 {sent.sha256}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["compare", "{evaluation}", "{evaluation2}"], ["train", "--init"], ["list", "data"]])
@@ -268,7 +268,7 @@ def test_training_fills_the_store_and_later_commands_just_work(
     assert train(sent.data, tmp_path / "run", "--model", f"{tmp_path}/mine/net.py:make", epochs=1) == 0
     told = capsys.readouterr().err
     assert f"model is made by {tmp_path}/mine/net.py, named by you (SHA-256 {sent.sha256})" in told
-    assert (tmp_path / "state" / "trusted-code" / sent.sha256).is_file()
+    assert (tmp_path / "state" / "trusted-code" / f"{sent.sha256}-make").is_file()
     shutil.rmtree(tmp_path / "mine")
     monkeypatch.setattr(trust, "_named", set())  # another process
     config = read_config(tmp_path / "run" / "config.yaml")

@@ -205,7 +205,7 @@ def test_code_that_is_trusted_runs(
         monkeypatch.setenv(trust.HASH_VARIABLE, code.sha256.upper())
     if how == "store":
         assert trust.remember(code) is None
-        assert [file.name for file in (store / "trusted-code").iterdir()] == [code.sha256]
+        assert [file.name for file in (store / "trusted-code").iterdir()] == [f"{code.sha256}-make"]
     with trust.trusting(given):
         assert result(code) == 1
     told = capsys.readouterr().err
@@ -213,6 +213,16 @@ def test_code_that_is_trusted_runs(
     if how not in ("store", "environment"):
         with pytest.raises(HoldfastError, match="nobody asked"):
             result(code)
+
+
+def test_trust_in_one_function_is_none_in_another_of_the_same_file(tmp_path: Path, store: Path) -> None:
+    """Else a configuration could call whatever a trusted file defines: load(path), say."""
+    written(tmp_path, net="def make(): return 1\ndef load(path='x'): return 2\n")
+    assert trust.remember(OwnCode.named(f"{tmp_path}/net.py:make")) is None
+    assert result(OwnCode.in_configuration("net.py:make", tmp_path)) == 1
+    assert result(OwnCode.named(f"{tmp_path}/net.py:make")) == 1
+    with pytest.raises(HoldfastError, match="nobody asked"):
+        result(OwnCode.in_configuration("net.py:load", tmp_path))
 
 
 @pytest.mark.parametrize("how", ["option", "environment"])

@@ -3,11 +3,12 @@
 Code from a file runs only if one of these holds:
 
 (a) a person names the file, on this command line or in Python;
-(b) its hash, with those of its neighbours, is in the user's trust store, which training fills;
+(b) the hash of the file and its neighbours is in the user's trust store, for that function; training fills the store;
 (c) ``--trust-code``, ``--trust-code=SHA256``, the environment variable ``HOLDFAST_TRUST_CODE=SHA256`` or
     ``trust_code=`` is given; then the file and its hash are printed.
 
-Nobody is asked at a prompt. The store is a folder with one small file for each hash: to withdraw trust, remove it.
+Nobody is asked at a prompt. The store is a folder with a small file for each hash and function: to withdraw trust,
+remove it. The function counts because a file may define others, and a configuration that was sent could call those.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ ANY = "any"
 STATE_VARIABLE, HASH_VARIABLE = "HOLDFAST_STATE_DIR", "HOLDFAST_TRUST_CODE"
 
 _given: ContextVar[frozenset[str]] = ContextVar("trusted code", default=frozenset())
-_named: set[str] = set()  # hashes of what a person has named in this process
+_named: set[str] = set()  # keys of what a person has named in this process
 _told: set[tuple[str, str]] = set()
 
 
@@ -61,7 +62,7 @@ def require(code: OwnCode) -> str:
         HoldfastError: nothing says that it may.
     """
     if code.folder is None:
-        _named.add(code.sha256)
+        _named.add(_key(code))
         return "named"
     given = _given.get()
     if ANY in given or code.sha256 in given:
@@ -69,14 +70,14 @@ def require(code: OwnCode) -> str:
     environment = os.environ.get(HASH_VARIABLE, "")
     if environment and code.sha256 in _hashes(environment, HASH_VARIABLE):
         return _tell(code, "environment")
-    if code.sha256 in _named:
+    if _key(code) in _named:
         return "named"
-    if _in_store(code.sha256):
+    if _in_store(_key(code)):
         return "store"
     refused = " (another hash than the one that is trusted)" if given or environment else ""
     raise HoldfastError(
-        f"{code.path} is code that came with {code.folder}, and nobody asked for it to be run{refused}: read it, then add"
-        f" --trust-code={code.sha256} (in Python: trust_code=), or name your own copy of the file"
+        f"{code.path} is code that came with {code.folder}, and nobody asked for it to be run{refused}: read it, then"
+        f" add --trust-code={code.sha256} (in Python: trust_code=), or name your own copy of the file"
     )
 
 
@@ -100,7 +101,7 @@ def remember(code: OwnCode) -> str | None:
         folder = store()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         note = {"file": str(code.path), "trusted": time.strftime("%Y-%m-%d %H:%M:%S"), "files": sorted(code.sources)}
-        (folder / code.sha256).write_text(json.dumps(note) + "\n")
+        (folder / _key(code)).write_text(json.dumps(note) + "\n")
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         reason = getattr(error, "strerror", None) or error
         return (
@@ -123,9 +124,13 @@ def store() -> Path:
     return Path(usual).expanduser() / "holdfast" / "trusted-code"
 
 
-def _in_store(sha256: str) -> bool:
+def _key(code: OwnCode) -> str:
+    return f"{code.sha256}-{code.function}"
+
+
+def _in_store(key: str) -> bool:
     try:
-        return (store() / sha256).is_file()
+        return (store() / key).is_file()
     except (OSError, RuntimeError):
         return False
 
@@ -145,5 +150,5 @@ def _tell(code: OwnCode, why: str) -> str:
     """Print what is executed, once; under torchrun one process speaks."""
     if (str(code.path), code.sha256) not in _told and os.environ.get("RANK", "0") == "0":
         _told.add((str(code.path), code.sha256))
-        print(f"running {code.path}, SHA-256 {code.sha256}, {in_words(why)}", file=sys.stderr)
+        print(f"running {code.path}:{code.function}, SHA-256 {code.sha256}, {in_words(why)}", file=sys.stderr)
     return why
