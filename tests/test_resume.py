@@ -23,6 +23,7 @@ from holdfast.loop import Loop
 from holdfast.objectives.base import Measurement
 from holdfast.recipe import SGD, Recipe
 from holdfast.runs.checkpoint import checkpoints
+from holdfast.runs.files import read_json
 from holdfast.schedule import Schedule
 from tiny_runs import (
     FP32,
@@ -182,7 +183,7 @@ def test_crashed_after_a_step(
     assert_same_run(go(tmp_path / "run", resume=True, checkpoint_minutes=minutes), whole)
 
 
-@pytest.mark.parametrize("where", ["cut_metrics", "append_metrics", "write_summary", "export", "save", "close"])
+@pytest.mark.parametrize("where", ["restore_metrics", "append_metrics", "write_summary", "export", "save", "close"])
 def test_crashed_at_an_epochs_end(where: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between any two of the things that an epoch's end writes."""
     from holdfast.runs.folder import RunFolder
@@ -267,7 +268,7 @@ def test_a_finished_run_stays_as_it_is(whole: Path) -> None:
 
     run = fit(everything(), toy(), tiny_net(dropout=0.3), out=whole, settings=FP32, resume=True, display=Heard())
     assert shown == [f"{whole} is already finished"]
-    assert run.summary == json.loads((whole / "summary.json").read_text())
+    assert run.summary == read_json(whole / "summary.json")
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
+
+T = TypeVar("T")
 
 
 def active() -> bool:
@@ -105,6 +107,22 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def decided_by_first(decide: Callable[[], T]) -> T:
+    """Call a function on rank 0 alone; every process returns its value, or raises its refusal."""
+    value: T | HoldfastError | None = None
+    if rank() == 0:
+        try:
+            value = decide()
+        except HoldfastError as refusal:
+            if not active():
+                raise
+            value = refusal
+    decided = gather_objects(value)[0]
+    if isinstance(decided, HoldfastError):
+        raise decided
+    return decided
 
 
 def barrier() -> None:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ from holdfast.forward import Batch, View
 from holdfast.interruption import Interrupted, Interruption
 from holdfast.keyed_random import Key
 from holdfast.loop_reestimation import reestimate
+from holdfast.loop_resume import take_up
 from holdfast.loop_watch import watch
 from holdfast.progress_display import Display
 from holdfast.recipe import Recipe
-from holdfast.runs.checkpoint import load_checkpoint, save_checkpoint
-from holdfast.runs.export import load_model, save_model
+from holdfast.runs.checkpoint import save_checkpoint
+from holdfast.runs.export import load_model, read_description, save_model
 from holdfast.runs.folder import RunFolder
-from holdfast.runs.state import epoch_state, restore
+from holdfast.runs.state import epoch_state
 from holdfast.schedule import Progress, value_at
 from holdfast.setup import Setup
 from holdfast.step import AdversarialStep, Step, not_finite
@@ -78,6 +80,7 @@ class Loop:
         self.best: dict[str, Any] | None = None
         self.seconds = self.epoch_began = 0.0
         self.clock = self.saved_at = time.monotonic()
+        self.passed_over: Sequence[Path] = ()  # damaged checkpoints, which go when the next one is whole
 
     def _distributed(self) -> Step:
         parts = (getattr(self.module, part, nn.Module()) for part in ("objective", "networks", "strategy"))
@@ -94,20 +97,25 @@ class Loop:
 
     def run(self) -> dict[str, Any]:
         """All epochs, then the closing evaluation. Returns the summary."""
-        newest = self.folder.latest
-        if newest is not None:
-            restore(self, load_checkpoint(newest))
-            self.display.say(f"going on after epoch {self.epoch}, step {self.position} of {len(self.loader)}")
-        else:
+        if not take_up(self):
+            self.folder.restore_metrics([], 0)
             for average in self.recipe.averages:
                 average.start(self.model)
-        self.folder.cut_metrics(self.lines)
+        summary = self.folder.whole_summary()
+        if self.complete and summary is not None:  # what was damaged is mended by now
+            self.display.say(f"{self.folder.path} is already finished")
+            return summary
         done = self.progress().step
         self.display.start(self.recipe.epochs * self.steps_per_epoch, done, self.loader.batch_size)
-        while self.epoch < self.recipe.epochs and not self.stopped:
+        while not self.complete:
             self.one_epoch()
         self.display.stop()
         return self.close()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all training is done."""
+        return self.epoch == self.recipe.epochs or self.stopped
 
     def progress(self, replay: int = 0) -> Progress:
         """Where the run stands."""
@@ -280,7 +288,10 @@ class Loop:
         state = epoch_state(self)
         if distributed.rank() == 0:
             step = self.epoch * self.steps_per_epoch + self.position * self.step.replays
-            save_checkpoint(self.folder.path, step, state, keep=self.settings.keep_checkpoints)
+            save_checkpoint(
+                self.folder.path, step, state, keep=self.settings.keep_checkpoints, damaged=self.passed_over
+            )
+            self.passed_over = ()
         distributed.barrier()
         self.saved_at = time.monotonic()
 
@@ -356,7 +367,7 @@ class Loop:
             n = min(self.settings.test_images or len(self.setup.data.test), len(self.setup.data.test))
             self.display.work(f"evaluating {name} (PGD-{self.settings.test_steps})", n)
             found = self.evaluation(self.setup.test, self.settings.test_steps, n)
-            results[name] = {"epoch": epoch, **found.as_dict()}
+            results[name] = {"epoch": read_description(folder).get("epoch", epoch), **found.as_dict()}
         self.display.stop()
         summary = self.setup.summary(results, round(self.seconds, 1))
         if self.stopped:

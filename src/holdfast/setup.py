@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from holdfast.keyed_random import Key
 from holdfast.models import trust
 from holdfast.models.own_file import OwnCode
 from holdfast.recipe import Recipe
-from holdfast.run_data import extra_part, hold_out, make_loader, refuse_extra_mismatch
+from holdfast.run_data import data_digests, extra_part, hold_out, make_loader, refuse_extra_mismatch
 from holdfast.run_models import DERIVED, build_model, further_networks, load_initial, own_code
 from holdfast.runs.environment import supports_bf16
 from holdfast.runs.own_code import with_copies_named
@@ -52,7 +52,15 @@ class Setup:
     config: dict[str, Any]
     description: dict[str, Any]
     notes: tuple[str, ...]
-    code: Mapping[str, OwnCode]
+    code: Mapping[str, OwnCode] = field(default_factory=dict)
+    """The person's own code that the run needs, by part."""
+    data_digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the images and labels, by what they are for; empty on all processes but the first."""
+
+    @property
+    def code_digests(self) -> dict[str, str]:
+        """SHA-256 of the person's own code, by part."""
+        return {part: own.sha256 for part, own in self.code.items()}
 
     def summary(self, results: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """What summary.json holds. Accuracies are fractions, on the test set."""
@@ -161,6 +169,7 @@ def prepare(
             *trusted,
         ),
         code=codes,
+        data_digests=data_digests(training, validation, dataset.test, extra),
     )
 
 

@@ -14,6 +14,7 @@ from holdfast import distributed
 from holdfast.data.images import Dataset
 from holdfast.interruption import Interruption
 from holdfast.loop import Loop
+from holdfast.loop_resume import finished_summary
 from holdfast.models.own_file import OwnCode
 from holdfast.models.trust import trusting
 from holdfast.progress_display import Display
@@ -97,11 +98,10 @@ def fit(
             )
         shown = display if display is not None and distributed.rank() == 0 else Display()
         path = Path(out) if out is not None else _default_folder(setup)
-        folder = RunFolder.create(path, setup.config, resume=resume, writes=distributed.rank() == 0)
+        folder = RunFolder.create(path, setup.config, resume=resume, writes=distributed.rank() == 0, say=shown.say)
         distributed.barrier()
-        done = folder.summary() if resume else None
+        done = finished_summary(setup, folder, shown.say) if resume else None
         if done is not None:
-            shown.say(f"{path} is already finished")
             return FinishedRun(path, done)
         folder.write_environment(environment())
         kept = keep_code(path, setup.code) if folder.writes else []

@@ -85,7 +85,9 @@ def load_subject(
     if data is None:
         if not (Path(source) / CONFIG).is_file():
             raise HoldfastError(f"{source} names no data: give --data SOURCE")
-        config = read_config(Path(source) / CONFIG)
+        config = read_config(Path(source) / CONFIG, check=True)
+        if not isinstance(config.get("data"), str) or not isinstance(config.get("training"), dict):
+            raise HoldfastError(f"{Path(source) / CONFIG} names no data: give --data SOURCE")
         data, image_size = config["data"], image_size or config["training"].get("image_size")
     found = load(str(data), image_size=image_size)
     require_fit(found, description)

@@ -127,14 +127,15 @@ def configure(asked: Namespace, rest: Sequence[str], folder: Path | None) -> tup
 
     The data is None where it is still to be loaded. The code is that which only a configuration names, by part.
     """
-    from holdfast.runs.folder import CONFIG, read_config
+    from holdfast.runs.folder import read_config, run_config
     from holdfast.runs.own_code import configured_code
 
-    resuming = asked.resume and folder is not None and (folder / CONFIG).exists()
+    begun = run_config(folder) if asked.resume and folder is not None else None
+    resuming = begun is not None
     if asked.paper_settings and (resuming or asked.config):
         raise HoldfastError("--paper-settings chooses a recipe's settings, and these are already chosen: leave it out")
-    if resuming and folder is not None:
-        config = read_config(folder / CONFIG)
+    if begun is not None:
+        config = begun
         if asked.recipe and asked.recipe.lower().replace("-", "_") != config.get("recipe"):
             raise HoldfastError(
                 f"{folder} holds a run of {config.get('recipe')}, not {asked.recipe}: leave the recipe out"

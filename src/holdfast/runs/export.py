@@ -9,17 +9,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import Damaged, HoldfastError
 from holdfast.models.factory import build
 from holdfast.models.own_file import OwnCode, names_code
 from holdfast.models.trust import trusting
+from holdfast.runs.digests import checked_bytes
 from holdfast.runs.files import read_json, write_json, write_whole
 from holdfast.runs.own_code import write_code
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
+_ADVICE = (
+    "restore it from a copy, or train anew; `holdfast train --resume --out RUN` writes it anew where a checkpoint of"
+    " the run still holds it"
+)
 
 
 def model_description(spec: Mapping[str, Any] | None, model: nn.Module) -> dict[str, Any]:
@@ -50,22 +55,25 @@ def save_model(
         description["model"]["name"] = code.spec
         description["code"] = {"sha256": code.sha256}
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    write_whole(folder / WEIGHTS, lambda file: file.write(save(tensors)))
+    write_whole(folder / WEIGHTS, lambda file: file.write(save(tensors)), hashed=True)
     write_json(folder / DESCRIPTION, description)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file, after its SHA-256 has been compared with the one beside it.
+
+    A missing digest is told only where the file lies in a model folder: those of others have none.
 
     Raises:
         HoldfastError: missing or damaged.
     """
+    ours = (file.parent / DESCRIPTION).is_file()
     try:
-        return load_file(file)
+        return load(checked_bytes(file, advice=_ADVICE, unchecked=None if ours else lambda path: None))
     except FileNotFoundError:
         raise HoldfastError(f"{file} is missing: give a run folder, a model folder or a .safetensors file") from None
     except (SafetensorError, OSError) as error:
-        raise HoldfastError(f"{file} is damaged ({type(error).__name__}): restore it or train anew") from error
+        raise Damaged(f"{file} is damaged ({type(error).__name__})", _ADVICE) from error
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
@@ -103,10 +111,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
         HoldfastError: missing, damaged, or without what every model folder says.
     """
-    description = read_json(folder / DESCRIPTION)
+    description = read_json(folder / DESCRIPTION, advice=_ADVICE)
     for key in ("model", "input", "threat"):
         if not isinstance(description.get(key), dict):
-            raise HoldfastError(f"{folder / DESCRIPTION} is damaged: it lacks {key!r}; restore it or train anew")
+            raise Damaged(f"{folder / DESCRIPTION} is damaged: it lacks {key!r}", _ADVICE)
     return description
 
 

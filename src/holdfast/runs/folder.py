@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from holdfast import distributed
-from holdfast.errors import HoldfastError
-from holdfast.runs.checkpoint import FOLDER, latest_checkpoint
-from holdfast.runs.files import full_disk_told, read_json, write_json, write_text
+from holdfast.errors import Damaged, HoldfastError
+from holdfast.runs import digests
+from holdfast.runs.checkpoint import FOLDER, latest_checkpoint, newest_whole
+from holdfast.runs.files import full_disk_told, read_json, write_json, write_text, write_whole
 from holdfast.runs.own_code import with_copies_named
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "environment.json", "metrics.jsonl", "summary.json"
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A configuration file, read without executing anything in it.
+def read_config(path: Path, *, check: bool = False) -> dict[str, Any]:
+    """Read a configuration file without executing anything in it.
+
+    Args:
+        path: The file.
+        check: Refuse a file whose digest is wrong; see `holdfast.runs.digests`.
 
     Raises:
-        HoldfastError: missing, not YAML, or no mapping.
+        HoldfastError: missing, not YAML, no mapping, or (`Damaged`) not as it was written.
     """
     try:
-        config = yaml.safe_load(path.read_text())
+        text = path.read_bytes()
+        if check and not digests.unchanged(text):
+            raise Damaged(f"{path} was changed or damaged after it was written", _mended(path.parent))
+        config = yaml.safe_load(text.decode())
     except FileNotFoundError:
         raise HoldfastError(f"{path} is missing: give the config.yaml of a run") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -39,15 +47,52 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-class RunFolder:
-    """A run's folder on disk. Only rank 0 writes to it."""
+def _mended(run: Path) -> str:
+    """Say how to go on without a run's configuration."""
+    if latest_checkpoint(run) is None:
+        return "restore it from a copy, or train anew in another --out"
+    return f"restore it from a copy, or delete it: `holdfast train --resume --out {run}` writes it anew"
 
-    def __init__(self, path: Path, *, writes: bool = True) -> None:
+
+def run_config(run: Path) -> dict[str, Any] | None:
+    """Read the configuration of a run that is to go on: its config.yaml, else what its newest checkpoint holds.
+
+    Returns None where there is neither.
+
+    Raises:
+        HoldfastError: config.yaml is there, but damaged.
+    """
+    if (run / CONFIG).exists():
+        return read_config(run / CONFIG, check=True)
+    found = newest_whole(run, lambda state: None)
+    return json.loads(found.state["config"]) if found is not None and "config" in found.state else None
+
+
+class RunFolder:
+    """A run's folder on disk. Only rank 0 writes to it.
+
+    Args:
+        path: Where.
+        writes: Whether this process writes.
+        say: Gets what is to be told of damage that stops nothing.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True, say: Callable[[str], None] = lambda text: None) -> None:
         self.path = path
         self.writes = writes
+        self.say = say
+        self.lines: list[str] = []  # of metrics.jsonl, as far as they are certain: a checkpoint takes them along
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, Any], *, resume: bool, writes: bool = True) -> RunFolder:
+    def create(
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        *,
+        resume: bool,
+        writes: bool = True,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> RunFolder:
         """Make the folder, or take up one that holds the same run. All processes look before the one that writes does.
 
         Args:
@@ -55,19 +100,19 @@ class RunFolder:
             config: The resolved configuration.
             resume: Go on in a folder that exists.
             writes: Whether this process writes.
+            say: Gets what is to be told of damage that stops nothing.
 
         Raises:
             HoldfastError: the folder is in use and `resume` is not set, or it holds another run.
         """
-        folder = cls(path, writes=writes)
+        folder = cls(path, writes=writes, say=say)
         if path.exists() and not path.is_dir():
             raise HoldfastError(f"{path} is a file: choose another --out")
-        if (path / CONFIG).exists():
-            if not resume:
-                raise HoldfastError(
-                    f"{path} already holds a run: add --resume to go on with it, or choose another --out"
-                )
-            different = difference(with_copies_named(read_config(path / CONFIG)), json.loads(json.dumps(config)))
+        before = run_config(path) if resume else None
+        if (path / CONFIG).exists() and not resume:
+            raise HoldfastError(f"{path} already holds a run: add --resume to go on with it, or choose another --out")
+        if before is not None:
+            different = difference(with_copies_named(before), json.loads(json.dumps(config)))
             if different:
                 raise HoldfastError(
                     f"{path} holds another run, its {different}: --resume repeats the run's own configuration;"
@@ -77,42 +122,83 @@ class RunFolder:
             raise HoldfastError(f"{path} is not empty and holds no run: choose another --out")
         distributed.barrier()
         if writes and not (path / CONFIG).exists():
+            if before is not None:
+                say(f"{path / CONFIG} is missing: it is written anew from the checkpoint")
             with full_disk_told(path):
                 path.mkdir(parents=True, exist_ok=True)
-            write_text(path / CONFIG, yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
+            write_text(path / CONFIG, digests.signed(yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)))
         return folder
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        """Keep the environment of the run's beginning; that of every resumption is added to it."""
+        """Keep the environment of the run's beginning; that of every resumption is added to it.
+
+        It decides nothing, so one that is damaged is begun anew, with the resumptions as far as they can be read.
+        """
+        path = self.path / ENVIRONMENT
         if not self.writes:
             return
-        path = self.path / ENVIRONMENT
-        if path.exists():
-            first = read_json(path)
-            write_json(path, {**first, "resumed": [*first.get("resumed", []), dict(environment)]})
-        else:
+        if not path.exists():
             write_json(path, dict(environment))
+            return
+        try:
+            first = read_json(path, advice="it is begun anew")
+        except Damaged as damage:
+            self.say(str(damage))
+            first = {**environment, "resumed": _resumptions(path)}
+        write_json(path, {**first, "resumed": [*first.get("resumed", []), dict(environment)]})
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add an epoch's line."""
+        text = json.dumps(line) + "\n"
         if self.writes:
             path = self.path / METRICS
             with full_disk_told(path), path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+        self.lines.append(text)
 
-    def cut_metrics(self, lines: int) -> None:
-        """Keep the first so many lines: those that the checkpoint knows of."""
-        if self.writes:
-            path = self.path / METRICS
-            kept = path.read_text().splitlines(keepends=True)[:lines] if path.exists() else []
-            write_text(path, "".join(kept))
+    def restore_metrics(self, lines: Sequence[str] | None, count: int) -> None:
+        """Make metrics.jsonl what it was when a checkpoint was written.
+
+        Args:
+            lines: The lines that the checkpoint holds; None for one of an older version, which only counts them.
+            count: How many there are.
+
+        Raises:
+            HoldfastError: the file is damaged, and the checkpoint does not hold its lines.
+        """
+        path = self.path / METRICS
+        found = path.read_bytes() if path.exists() else b""
+        if lines is None and count and not path.exists():
+            self.say(f"{path} is missing: the run goes on without the lines of its first {count} epochs")
+            lines = []
+        elif lines is None:
+            lines = [f"{line}\n" for line in found.decode(errors="replace").split("\n")[:-1]][:count]
+            _require_lines(path, lines, count)
+        elif not found.startswith("".join(lines).encode()):
+            self.say(f"{path} was changed or damaged: its {count} lines are written anew from the checkpoint")
+        self.lines = list(lines)
+        whole = "".join(lines).encode()
+        if self.writes and found != whole:
+            write_whole(path, lambda file: file.write(whole))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All epochs' lines."""
+        """All epochs' lines.
+
+        Raises:
+            HoldfastError: the file is damaged.
+        """
         path = self.path / METRICS
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        try:
+            lines = [json.loads(line) for line in path.read_bytes().decode().splitlines()] if path.exists() else []
+        except ValueError:
+            lines = [None]
+        if not all(isinstance(line, dict) for line in lines):
+            raise Damaged(
+                f"{path} is damaged", f"`holdfast train --resume --out {self.path}` writes it anew from the checkpoint"
+            )
+        return lines
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary; the run is then finished."""
@@ -120,8 +206,26 @@ class RunFolder:
             write_json(self.path / SUMMARY, dict(summary))
 
     def summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run, else None."""
-        return read_json(self.path / SUMMARY) if (self.path / SUMMARY).exists() else None
+        """The summary of a finished run, else None.
+
+        Raises:
+            Damaged: it is not as it was written.
+        """
+        path, advice = self.path / SUMMARY, f"`holdfast train --resume --out {self.path}` evaluates again"
+        if not path.exists():
+            return None
+        summary = read_json(path, advice=advice)
+        for part in ("best", "last"):
+            if not isinstance(summary.get(part), dict) or not isinstance(summary[part].get("epoch"), int):
+                raise Damaged(f"{path} is damaged: it does not say of which epoch the {part} weights are", advice)
+        return summary
+
+    def whole_summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run; None where there is none or it is damaged."""
+        try:
+            return self.summary()
+        except Damaged:
+            return None
 
     @property
     def latest(self) -> Path | None:
@@ -132,6 +236,28 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where checkpoints lie."""
         return self.path / FOLDER
+
+
+def _require_lines(path: Path, lines: Sequence[str], count: int) -> None:
+    """Refuse damaged lines of a run's past, where nothing but the file itself holds them."""
+    try:
+        whole = all(isinstance(json.loads(line), dict) for line in lines)
+    except ValueError:
+        whole = False
+    if not whole or len(lines) < count:
+        raise Damaged(
+            f"{path} is damaged, and the checkpoint of an older version does not hold its {count} lines",
+            "restore it, or delete it to go on without them",
+        )
+
+
+def _resumptions(path: Path) -> list[Any]:
+    """What can be read of the resumptions in a damaged environment.json."""
+    try:
+        found = json.loads(path.read_bytes())["resumed"]
+        return found if isinstance(found, list) else []
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
 
 
 def difference(before: Any, now: Any, at: str = "") -> str | None:
