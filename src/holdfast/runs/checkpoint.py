@@ -46,8 +46,9 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, keep: int = 
                 raise cause if isinstance(cause, OSError) else error from error
 
     write_whole(path, write)
-    for old in checkpoints(run)[:-keep]:
-        old.unlink(missing_ok=True)
+    with full_disk_told(path):
+        for old in checkpoints(run)[:-keep]:
+            old.unlink(missing_ok=True)
     return path
 
 

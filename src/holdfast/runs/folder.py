@@ -13,7 +13,8 @@ import yaml
 from holdfast import distributed
 from holdfast.errors import HoldfastError
 from holdfast.runs.checkpoint import FOLDER, latest_checkpoint
-from holdfast.runs.files import full_disk_told, read_json, write_json, write_text
+from holdfast.runs.files import full_disk_told, read_json, remove_halves, write_json, write_text
+from holdfast.runs.lock import LOCK, FolderLock
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "environment.json", "metrics.jsonl", "summary.json"
 
@@ -39,14 +40,23 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """A run's folder on disk. Only rank 0 writes to it."""
+    """A run's folder on disk. Only rank 0 writes to it, and only while it is the folder that `lock` holds."""
 
-    def __init__(self, path: Path, *, writes: bool = True) -> None:
+    def __init__(self, path: Path, *, writes: bool = True, lock: FolderLock | None = None) -> None:
         self.path = path
         self.writes = writes
+        self.lock = lock
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, Any], *, resume: bool, writes: bool = True) -> RunFolder:
+    def create(
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        *,
+        resume: bool,
+        writes: bool = True,
+        lock: FolderLock | None = None,
+    ) -> RunFolder:
         """Make the folder, or take up one that holds the same run. All processes look before the one that writes does.
 
         Args:
@@ -54,11 +64,12 @@ class RunFolder:
             config: The resolved configuration.
             resume: Go on in a folder that exists.
             writes: Whether this process writes.
+            lock: The lock on the folder, where `fit` holds it.
 
         Raises:
             HoldfastError: the folder is in use and `resume` is not set, or it holds another run.
         """
-        folder = cls(path, writes=writes)
+        folder = cls(path, writes=writes, lock=lock)
         if path.exists() and not path.is_dir():
             raise HoldfastError(f"{path} is a file: choose another --out")
         if (path / CONFIG).exists():
@@ -72,19 +83,33 @@ class RunFolder:
                     f"{path} holds another run, its {different}: --resume repeats the run's own configuration;"
                     " choose another --out, or start from its weights with --init"
                 )
-        elif path.is_dir() and any(file.suffix != ".part" for file in path.iterdir()):
+        elif path.is_dir() and any(file.suffix != ".part" and file.name != LOCK for file in path.iterdir()):
             raise HoldfastError(f"{path} is not empty and holds no run: choose another --out")
         distributed.barrier()
-        if writes and not (path / CONFIG).exists():
-            with full_disk_told(path):
-                path.mkdir(parents=True, exist_ok=True)
-            write_text(path / CONFIG, yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
+        with distributed.refused_together():
+            if writes:
+                remove_halves(path, path / FOLDER, path / "model", path / "last")
+            if writes and not (path / CONFIG).exists():
+                with full_disk_told(path):
+                    path.mkdir(parents=True, exist_ok=True)
+                write_text(path / CONFIG, yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
+            folder.check()
         return folder
+
+    def check(self) -> None:
+        """Look whether the folder is still there. Every writer asks before it writes.
+
+        Raises:
+            HoldfastError: it was deleted, moved or replaced.
+        """
+        if self.lock is not None:
+            self.lock.check()
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Keep the environment of the run's beginning; that of every resumption is added to it."""
         if not self.writes:
             return
+        self.check()
         path = self.path / ENVIRONMENT
         if path.exists():
             first = read_json(path)
@@ -95,6 +120,7 @@ class RunFolder:
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add an epoch's line."""
         if self.writes:
+            self.check()
             path = self.path / METRICS
             with full_disk_told(path), path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -104,6 +130,7 @@ class RunFolder:
     def cut_metrics(self, lines: int) -> None:
         """Keep the first so many lines: those that the checkpoint knows of."""
         if self.writes:
+            self.check()
             path = self.path / METRICS
             kept = path.read_text().splitlines(keepends=True)[:lines] if path.exists() else []
             write_text(path, "".join(kept))
@@ -116,6 +143,7 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary; the run is then finished."""
         if self.writes:
+            self.check()
             write_json(self.path / SUMMARY, dict(summary))
 
     def summary(self) -> dict[str, Any] | None:
