@@ -199,7 +199,7 @@ class Loop:
         line = self.metrics_line(progress)
         if validated:
             self.load_exported()
-            found = self.evaluation(self.setup.validation, self.settings.validation_steps, closing=False)
+            found = self.evaluation(self.setup.validation, self.settings.validation_steps, None)
             line["validation"] = found.as_dict()
             self.keep_if_best(found)
         line["seconds_left"] = 0.0 if last else self.time_left()
@@ -300,8 +300,9 @@ class Loop:
     def load_exported(self) -> None:
         self.evaluated.load_state_dict(dict(self.exported()))
 
-    def evaluation(self, images: Images, steps: int, *, n: int | None = None, closing: bool) -> Evaluation:
+    def evaluation(self, images: Images, steps: int, n: int | None) -> Evaluation:
         """Clean accuracy and PGD of the weights that are loaded for evaluation."""
+        closing = images is not self.setup.validation
         return accuracies(
             self.evaluated,
             images,
@@ -336,7 +337,7 @@ class Loop:
             self.evaluated = trained.to(self.setup.device)
             n = min(self.settings.test_images or len(self.setup.data.test), len(self.setup.data.test))
             self.display.work(f"evaluating {name} (PGD-{self.settings.test_steps})", n)
-            found = self.evaluation(self.setup.test, self.settings.test_steps, n=n, closing=True)
+            found = self.evaluation(self.setup.test, self.settings.test_steps, n)
             results[name] = {"epoch": epoch, **found.as_dict()}
         self.display.stop()
         summary = self.setup.summary(results, round(self.seconds, 1))
