@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from holdfast import distributed
 from holdfast.data.images import Dataset
-from holdfast.interruption import Interruption
+from holdfast.interruption import Interrupted, Interruption, Stopped
 from holdfast.loop import Loop
 from holdfast.loop_resume import finished_summary
 from holdfast.models.own_file import OwnCode
@@ -21,7 +22,8 @@ from holdfast.progress_display import Display
 from holdfast.recipe import Recipe
 from holdfast.runs.environment import environment
 from holdfast.runs.export import load_model
-from holdfast.runs.folder import RunFolder
+from holdfast.runs.folder import CONFIG, RunFolder
+from holdfast.runs.lock import TRAINING, FolderLock, locked
 from holdfast.runs.own_code import keep_code
 from holdfast.setup import Settings, Setup, prepare
 
@@ -72,8 +74,10 @@ def fit(
             that of a teacher's run, or of the run that labels extra images.
 
     Raises:
-        HoldfastError: bad input; the message says what to do, and nothing is lost.
-        Interrupted: Ctrl-C or SIGTERM, after the state has been saved. A second Ctrl-C stops at once.
+        HoldfastError: bad input, or another process trains in the folder; the message says what to do, and nothing is
+            lost.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP, after the current step, when the state has been saved; after a second
+            one, at once. Before the first step `Stopped`, its base class, at once.
 
     Example:
         Training takes a while, so this is not run as a test::
@@ -82,9 +86,14 @@ def fit(
             print(run.summary["robust_accuracy"])
     """
     started = distributed.start_from_environment()
+    shown = display if display is not None and distributed.rank() == 0 else Display()
     try:
-        began = resume and out is not None and RunFolder(Path(out)).latest is not None
-        with trusting(trust_code):
+        with ExitStack() as stack:
+            stack.enter_context(distributed.others_missed())
+            stack.enter_context(trusting(trust_code))
+            interruption = stack.enter_context(Interruption())
+            path = None if out is None else Path(out)
+            lock = None if path is None else stack.enter_context(locked(path, work=TRAINING, kept_for=CONFIG))
             setup = prepare(
                 recipe,
                 data,
@@ -93,29 +102,47 @@ def fit(
                 settings=settings or Settings(),
                 init=init,
                 options=model_options,
-                started=began,
+                started=resume and path is not None and RunFolder(path).latest is not None,
                 code=code,
             )
-        shown = display if display is not None and distributed.rank() == 0 else Display()
-        path = Path(out) if out is not None else _default_folder(setup)
-        folder = RunFolder.create(path, setup.config, resume=resume, writes=distributed.rank() == 0, say=shown.say)
-        distributed.barrier()
-        done = finished_summary(setup, folder, shown.say) if resume else None
-        if done is not None:
-            return FinishedRun(path, done)
-        folder.write_environment(environment())
-        kept = keep_code(path, setup.code) if folder.writes else []
-        for note in (*setup.notes, *kept):
-            shown.say(note)
-        try:
-            with Interruption() as interruption:
-                summary = Loop(setup, folder, shown, interruption).run()
-                return FinishedRun(path, summary)
-        finally:
-            shown.stop()
+            if path is None or lock is None:
+                path = _default_folder(setup)
+                lock = stack.enter_context(locked(path, work=TRAINING, kept_for=CONFIG))
+            stack.callback(shown.stop)
+            return FinishedRun(path, _train(setup, path, lock, shown, interruption, resume=resume))
     finally:
         if started:
             distributed.stop()
+
+
+def _train(
+    setup: Setup, path: Path, lock: FolderLock, shown: Display, interruption: Interruption, *, resume: bool
+) -> dict[str, Any]:
+    """Take up the folder, train, and return the summary."""
+    folder = RunFolder.create(
+        path, setup.config, resume=resume, writes=distributed.rank() == 0, say=shown.say, lock=lock
+    )
+    distributed.barrier()
+    done = finished_summary(setup, folder, shown.say) if resume else None
+    if done is not None:
+        return done
+    kept: list[str] = []
+    with distributed.refused_together():
+        folder.write_environment(environment())
+        if folder.writes:
+            kept = keep_code(path, setup.code)
+    for note in (*setup.notes, *kept):
+        shown.say(note)
+    try:
+        with interruption.finishing("this step"):
+            summary = Loop(setup, folder, shown, interruption).run()
+    except Interrupted:
+        raise
+    except Stopped as stopped:
+        raise Interrupted(path, stopped.number, at_once=True) from None
+    with distributed.refused_together():
+        folder.check()
+    return summary
 
 
 def _default_folder(setup: Setup) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.arguments import Parser, positive, print_json
 from holdfast.errors import HoldfastError
+from holdfast.interruption import Stopped
 
 if TYPE_CHECKING:
     from holdfast.cli.subject import Subject
@@ -80,8 +82,9 @@ def run(argv: Sequence[str]) -> int:
     try:
         with trusting(asked.trust_code):
             found = measure(asked)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; finished units are kept: give the same command again to go on") from None
+    except KeyboardInterrupt as stopped:
+        number = getattr(stopped, "number", signal.SIGINT)
+        raise Stopped("stopped; finished units are kept: give the same command again to go on", number) from None
     finally:
         if started:
             distributed.stop()

@@ -70,6 +70,10 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(asked.out) if asked.out else None
     if asked.resume and folder is None:
         raise HoldfastError("--resume needs the run folder: add --out DIR")
+    if folder is not None and os.environ.get("RANK", "0") == "0":
+        from holdfast.runs.lock import TRAINING, refuse_if_held
+
+        refuse_if_held(folder, work=TRAINING)  # before data is read; `fit` takes the lock
     config, data, code = configure(asked, rest, folder)
 
     from dataclasses import fields

@@ -55,8 +55,9 @@ def save_checkpoint(
     write_whole(path, write, hashed=True)
     bad = [old for old in damaged if old != path]
     good = [old for old in checkpoints(run) if old not in bad]
-    for old in (*bad, *good[:-keep]):
-        remove_hashed(old)
+    with full_disk_told(path):
+        for old in (*bad, *good[:-keep]):
+            remove_hashed(old)
     return path
 
 

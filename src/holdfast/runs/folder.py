@@ -14,7 +14,8 @@ from holdfast import distributed
 from holdfast.errors import Damaged, HoldfastError
 from holdfast.runs import digests
 from holdfast.runs.checkpoint import FOLDER, latest_checkpoint, newest_whole
-from holdfast.runs.files import full_disk_told, read_json, write_json, write_text, write_whole
+from holdfast.runs.files import full_disk_told, read_json, remove_halves, write_json, write_text, write_whole
+from holdfast.runs.lock import LOCK, FolderLock
 from holdfast.runs.own_code import with_copies_named
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "environment.json", "metrics.jsonl", "summary.json"
@@ -69,17 +70,26 @@ def run_config(run: Path) -> dict[str, Any] | None:
 
 
 class RunFolder:
-    """A run's folder on disk. Only rank 0 writes to it.
+    """A run's folder on disk. Only rank 0 writes to it, and only while it is the folder that `lock` holds.
 
     Args:
         path: Where.
         writes: Whether this process writes.
         say: Gets what is to be told of damage that stops nothing.
+        lock: The lock on the folder, where `fit` holds it.
     """
 
-    def __init__(self, path: Path, *, writes: bool = True, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        writes: bool = True,
+        say: Callable[[str], None] = lambda text: None,
+        lock: FolderLock | None = None,
+    ) -> None:
         self.path = path
         self.writes = writes
+        self.lock = lock
         self.say = say
         self.lines: list[str] = []  # of metrics.jsonl, as far as they are certain: a checkpoint takes them along
 
@@ -92,6 +102,7 @@ class RunFolder:
         resume: bool,
         writes: bool = True,
         say: Callable[[str], None] = lambda text: None,
+        lock: FolderLock | None = None,
     ) -> RunFolder:
         """Make the folder, or take up one that holds the same run. All processes look before the one that writes does.
 
@@ -101,11 +112,12 @@ class RunFolder:
             resume: Go on in a folder that exists.
             writes: Whether this process writes.
             say: Gets what is to be told of damage that stops nothing.
+            lock: The lock on the folder, where `fit` holds it.
 
         Raises:
             HoldfastError: the folder is in use and `resume` is not set, or it holds another run.
         """
-        folder = cls(path, writes=writes, say=say)
+        folder = cls(path, writes=writes, say=say, lock=lock)
         if path.exists() and not path.is_dir():
             raise HoldfastError(f"{path} is a file: choose another --out")
         before = run_config(path) if resume else None
@@ -118,16 +130,30 @@ class RunFolder:
                     f"{path} holds another run, its {different}: --resume repeats the run's own configuration;"
                     " choose another --out, or start from its weights with --init"
                 )
-        elif path.is_dir() and any(file.suffix != ".part" for file in path.iterdir()):
+        elif path.is_dir() and any(file.suffix != ".part" and file.name != LOCK for file in path.iterdir()):
             raise HoldfastError(f"{path} is not empty and holds no run: choose another --out")
         distributed.barrier()
-        if writes and not (path / CONFIG).exists():
-            if before is not None:
-                say(f"{path / CONFIG} is missing: it is written anew from the checkpoint")
-            with full_disk_told(path):
-                path.mkdir(parents=True, exist_ok=True)
-            write_text(path / CONFIG, digests.signed(yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)))
+        with distributed.refused_together():
+            if writes:
+                remove_halves(path, path / FOLDER, path / "model", path / "last")
+            if writes and not (path / CONFIG).exists():
+                if before is not None:
+                    say(f"{path / CONFIG} is missing: it is written anew from the checkpoint")
+                with full_disk_told(path):
+                    path.mkdir(parents=True, exist_ok=True)
+                text = yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)
+                write_text(path / CONFIG, digests.signed(text))
+            folder.check()
         return folder
+
+    def check(self) -> None:
+        """Look whether the folder is still there. Every writer asks before it writes.
+
+        Raises:
+            HoldfastError: it was deleted, moved or replaced.
+        """
+        if self.lock is not None:
+            self.lock.check()
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Keep the environment of the run's beginning; that of every resumption is added to it.
@@ -137,6 +163,7 @@ class RunFolder:
         path = self.path / ENVIRONMENT
         if not self.writes:
             return
+        self.check()
         if not path.exists():
             write_json(path, dict(environment))
             return
@@ -151,6 +178,7 @@ class RunFolder:
         """Add an epoch's line."""
         text = json.dumps(line) + "\n"
         if self.writes:
+            self.check()
             path = self.path / METRICS
             with full_disk_told(path), path.open("a") as file:
                 file.write(text)
@@ -203,6 +231,7 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary; the run is then finished."""
         if self.writes:
+            self.check()
             write_json(self.path / SUMMARY, dict(summary))
 
     def summary(self) -> dict[str, Any] | None:

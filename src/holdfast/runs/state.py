@@ -72,6 +72,7 @@ def epoch_state(loop: Loop) -> dict[str, Any]:
         "measured": dict(loop.measured),
         "best": loop.best,
         "stopped": loop.stopped,
+        "averaged": loop.averaged,
         "seconds": loop.seconds,
         "epoch_began": loop.epoch_began,
         "seed": loop.setup.seed,
@@ -234,6 +235,7 @@ def _restore(loop: Loop, state: dict[str, Any], local: dict[str, Any]) -> None:
     if "guard" in local:
         loop.guard.load_state_dict(local["guard"])
     loop.stopped = state.get("stopped", False)
+    loop.averaged = state.get("averaged", False)
     loop.sums = {name: list(pair) for name, pair in local["sums"].items()}
     loop.epoch, loop.position, loop.lines = state["epoch"], state["position"], state["lines"]
     loop.measured, loop.best, loop.seconds = dict(state["measured"]), state["best"], state["seconds"]
