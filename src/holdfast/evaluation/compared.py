@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,14 @@ from holdfast.evaluation.results import (
     threat_in_words,
 )
 from holdfast.evaluation.statistics import difference_interval, mcnemar, wilson_interval
+from holdfast.parsing import LINES_BYTES, parse_json_lines
+from holdfast.regular_files import read_regular
 from holdfast.runs.files import read_json
 
 PROTOCOL, LEDGER, FLAGS = "protocol.json", "ledger.jsonl", "flags.json"
 FORMAT = 1
 _NEEDED = ("attack", "attacks", "threat", "epsilon", "seed", "n", "model", "data", "data_name", "model_name", "classes")
+_AGAIN = "restore the file or evaluate anew"
 _KEYS = {"index", "label", "verdict", "attack"}
 
 
@@ -75,9 +77,11 @@ def read_finished(folder: Path) -> Finished:
     for name in (LEDGER, FLAGS):
         if not (folder / name).is_file():
             raise _incomplete(folder, f"{name} is missing")
-    rows = []
-    for number, line in enumerate((folder / LEDGER).read_bytes().splitlines(), 1):
-        rows.append(_row(line, f"line {number} of {folder / LEDGER}"))
+    content = read_regular(folder / LEDGER, most=LINES_BYTES)
+    rows = parse_json_lines(content, str(folder / LEDGER), advice=_AGAIN)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not row.keys() >= _KEYS:
+            raise HoldfastError(f"line {number} of {folder / LEDGER} is damaged: {_AGAIN}")
     if len(rows) < protocol["n"]:
         raise _incomplete(folder, f"{len(rows)} of {protocol['n']} images are done")
     if len(rows) > protocol["n"] or len({row["index"] for row in rows}) < len(rows):
@@ -86,17 +90,6 @@ def read_finished(folder: Path) -> Finished:
     if not isinstance(flags, list):
         raise HoldfastError(f"{folder / FLAGS} is damaged, it holds no flags: restore it or evaluate anew")
     return Finished(folder, protocol, sorted(rows, key=lambda row: row["index"]), flags)
-
-
-def _row(line: bytes, what: str) -> dict[str, Any]:
-    """A line of the ledger, or a refusal."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict) or not value.keys() >= _KEYS:
-        raise HoldfastError(f"{what} is damaged: restore the file or evaluate anew")
-    return value
 
 
 def _incomplete(folder: Path, why: str) -> HoldfastError:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from holdfast.errors import HoldfastError
+from holdfast.parsing import LINES_BYTES, parse_json_lines, through_json
+from holdfast.regular_files import read_regular
 from holdfast.runs.files import full_disk_told, read_json, remove_halves, write_json, write_text, write_whole
 from holdfast.runs.lock import FolderLock
 
@@ -24,6 +26,7 @@ SAYS = {
     "data": "data (its images differ; a loader must not shuffle)",
     "images": "choice of images",
 }
+_AGAIN = "restore it, or delete its folder and evaluate again"
 NAMES = ("model_name", "data_name", "about")
 """What a protocol says for people only: it may change from one call to the next."""
 
@@ -160,14 +163,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         HoldfastError: missing or damaged.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line]
+        rows = parse_json_lines(read_regular(path, most=LINES_BYTES), str(path), advice=_AGAIN)
         if not all(isinstance(row, dict) and "verdict" in row for row in rows):
-            raise ValueError
+            raise HoldfastError(f"{path} is damaged: {_AGAIN}")
         return rows
     except FileNotFoundError:
         raise HoldfastError(f"{path} is missing: finish the evaluation with the command that began it") from None
-    except ValueError:
-        raise HoldfastError(f"{path} is damaged: restore it, or delete its folder and evaluate again") from None
 
 
 def _alike(before: Any, now: Any) -> bool:
@@ -186,7 +187,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         >>> difference({"epsilon": 0.1, "seed": 0}, {"epsilon": 0.2, "seed": 0})
         'epsilon (0.1 there, 0.2 asked for)'
     """
-    now = json.loads(json.dumps(now))
+    now = through_json(now)
     for name in (*before, *now):
         if name not in NAMES and before.get(name) != now.get(name):
             if name == "outputs" and _alike(before.get(name), now.get(name)):

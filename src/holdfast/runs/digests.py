@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from holdfast import distributed
 from holdfast.errors import Damaged
+from holdfast.parsing import through_json
 
 KEY = "sha256"
 HEAD = "# A run's configuration. Its last line is the SHA-256 of the text above it; `--config` does not check it."
@@ -135,7 +136,7 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
         >>> opened(sealed({"epsilon": 0.1}))
         ({'epsilon': 0.1}, True)
     """
-    plain = json.loads(json.dumps(value))
+    plain = through_json(value)
     if KEY in plain:
         raise ValueError(f"{KEY!r} is the key of the object's own digest")
     return {**plain, KEY: _of_value(plain)}

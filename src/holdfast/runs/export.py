@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from holdfast.errors import Damaged, HoldfastError
 from holdfast.models.factory import build
 from holdfast.models.own_file import OwnCode, names_code
 from holdfast.models.trust import trusting
+from holdfast.parsing import through_json
 from holdfast.runs.digests import checked_bytes
 from holdfast.runs.files import read_json, write_json, write_whole
 from holdfast.runs.own_code import write_code
@@ -49,7 +49,7 @@ def save_model(
     Raises:
         HoldfastError: the disk is full; an earlier model in the folder is untouched.
     """
-    description = dict(json.loads(json.dumps(description)))
+    description = dict(through_json(description))
     if code is not None:
         write_code(folder, code)
         description["model"]["name"] = code.spec

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import Damaged, HoldfastError
+from holdfast.parsing import JSON_BYTES, parse_json
+from holdfast.regular_files import read_regular
 from holdfast.runs import digests
 
 
@@ -118,13 +120,9 @@ def read_json(path: Path, *, advice: str = "restore it, or make it anew") -> dic
         HoldfastError: the file is missing or damaged (`Damaged`).
     """
     try:
-        value = json.loads(path.read_bytes().decode())
+        value = parse_json(read_regular(path, most=JSON_BYTES), str(path), advice=advice)
     except FileNotFoundError:
         raise HoldfastError(f"{path} is missing: is {path.parent} a folder that holdfast wrote?") from None
-    except OSError as error:
-        raise Damaged(f"{path} cannot be read ({error.strerror})", advice) from None
-    except ValueError:
-        raise Damaged(f"{path} is damaged: it holds no JSON", advice) from None
     if not isinstance(value, dict):
         raise Damaged(f"{path} is damaged: it holds no JSON object", advice)
     plain, right = digests.opened(value)

@@ -12,6 +12,8 @@ import yaml
 
 from holdfast import distributed
 from holdfast.errors import Damaged, HoldfastError
+from holdfast.parsing import JSON_BYTES, LINES_BYTES, YAML_BYTES, parse_json, parse_json_lines, parse_yaml, through_json
+from holdfast.regular_files import read_regular
 from holdfast.runs import digests
 from holdfast.runs.checkpoint import FOLDER, latest_checkpoint, newest_whole
 from holdfast.runs.files import full_disk_told, read_json, remove_halves, write_json, write_text, write_whole
@@ -32,17 +34,12 @@ def read_config(path: Path, *, check: bool = False) -> dict[str, Any]:
         HoldfastError: missing, not YAML, no mapping, or (`Damaged`) not as it was written.
     """
     try:
-        text = path.read_bytes()
-        if check and not digests.unchanged(text):
-            raise Damaged(f"{path} was changed or damaged after it was written", _mended(path.parent))
-        config = yaml.safe_load(text.decode())
+        content = read_regular(path, most=YAML_BYTES)
     except FileNotFoundError:
         raise HoldfastError(f"{path} is missing: give the config.yaml of a run") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise HoldfastError(f"{path} is no YAML ({reason}): mend it, or copy the config.yaml of a run") from None
-    except OSError as error:
-        raise HoldfastError(f"{path} cannot be read ({error.strerror}): give the config.yaml of a run") from None
+    if check and not digests.unchanged(content):
+        raise Damaged(f"{path} was changed or damaged after it was written", _mended(path.parent))
+    config = parse_yaml(content, str(path), advice="mend it, or copy the config.yaml of a run")
     if not isinstance(config, dict):
         raise HoldfastError(f"{path} is no configuration: it must be a mapping, as in the config.yaml of a run")
     return config
@@ -66,7 +63,9 @@ def run_config(run: Path) -> dict[str, Any] | None:
     if (run / CONFIG).exists():
         return read_config(run / CONFIG, check=True)
     found = newest_whole(run, lambda state: None)
-    return json.loads(found.state["config"]) if found is not None and "config" in found.state else None
+    if found is None or "config" not in found.state:
+        return None
+    return parse_json(found.state["config"], f"the configuration in {found.path}")
 
 
 class RunFolder:
@@ -124,7 +123,7 @@ class RunFolder:
         if (path / CONFIG).exists() and not resume:
             raise HoldfastError(f"{path} already holds a run: add --resume to go on with it, or choose another --out")
         if before is not None:
-            different = difference(with_copies_named(before), json.loads(json.dumps(config)))
+            different = difference(with_copies_named(before), through_json(config))
             if different:
                 raise HoldfastError(
                     f"{path} holds another run, its {different}: --resume repeats the run's own configuration;"
@@ -141,7 +140,7 @@ class RunFolder:
                     say(f"{path / CONFIG} is missing: it is written anew from the checkpoint")
                 with full_disk_told(path):
                     path.mkdir(parents=True, exist_ok=True)
-                text = yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)
+                text = yaml.safe_dump(through_json(config), sort_keys=False)
                 write_text(path / CONFIG, digests.signed(text))
             folder.check()
         return folder
@@ -218,14 +217,11 @@ class RunFolder:
             HoldfastError: the file is damaged.
         """
         path = self.path / METRICS
-        try:
-            lines = [json.loads(line) for line in path.read_bytes().decode().splitlines()] if path.exists() else []
-        except ValueError:
-            lines = [None]
+        advice = f"`holdfast train --resume --out {self.path}` writes it anew from the checkpoint"
+        content = read_regular(path, most=LINES_BYTES) if path.exists() else b""
+        lines = parse_json_lines(content, str(path), advice=advice)
         if not all(isinstance(line, dict) for line in lines):
-            raise Damaged(
-                f"{path} is damaged", f"`holdfast train --resume --out {self.path}` writes it anew from the checkpoint"
-            )
+            raise Damaged(f"{path} is damaged", advice)
         return lines
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -270,8 +266,8 @@ class RunFolder:
 def _require_lines(path: Path, lines: Sequence[str], count: int) -> None:
     """Refuse damaged lines of a run's past, where nothing but the file itself holds them."""
     try:
-        whole = all(isinstance(json.loads(line), dict) for line in lines)
-    except ValueError:
+        whole = all(isinstance(parse_json(line, str(path)), dict) for line in lines)
+    except HoldfastError:
         whole = False
     if not whole or len(lines) < count:
         raise Damaged(
@@ -283,9 +279,9 @@ def _require_lines(path: Path, lines: Sequence[str], count: int) -> None:
 def _resumptions(path: Path) -> list[Any]:
     """What can be read of the resumptions in a damaged environment.json."""
     try:
-        found = json.loads(path.read_bytes())["resumed"]
+        found = parse_json(read_regular(path, most=JSON_BYTES), str(path))["resumed"]
         return found if isinstance(found, list) else []
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, HoldfastError, LookupError, TypeError):
         return []
 
 

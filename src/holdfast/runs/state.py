@@ -13,6 +13,7 @@ from torch import Tensor
 
 from holdfast import distributed
 from holdfast.errors import HoldfastError
+from holdfast.parsing import parse_json, through_json
 from holdfast.runs.folder import difference
 
 if TYPE_CHECKING:
@@ -141,8 +142,8 @@ def _ranks(value: Any) -> bool:
 
 def _json_object(value: Any) -> bool:
     try:
-        return isinstance(json.loads(value), dict)
-    except (TypeError, ValueError):
+        return isinstance(value, str) and isinstance(parse_json(value, "it"), dict)
+    except HoldfastError:
         return False
 
 
@@ -179,7 +180,9 @@ def refuse_another_run(setup: Setup, state: Mapping[str, Any], run: Path) -> Non
     if state.get("seed", setup.seed) != setup.seed:
         raise HoldfastError(f"{run} was begun with seed {state['seed']}, not {setup.seed}: {advice}")
     if "config" in state:
-        different = difference(json.loads(state["config"]), json.loads(json.dumps(setup.config)))
+        different = difference(
+            parse_json(state["config"], "the checkpoint's configuration"), through_json(setup.config)
+        )
         if different:
             raise HoldfastError(f"{run} was begun with another configuration, its {different}: {advice}")
     for what, now in (("code", setup.code_digests), ("data", setup.data_digests)):
