@@ -6,11 +6,16 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two test processes share two cores
 
+import tempfile
+
 import pytest
 import torch
 from torch import nn
 
 from holdfast.forward import Batch
+
+_STATE = tempfile.TemporaryDirectory(prefix="holdfast-state-")
+os.environ["HOLDFAST_STATE_DIR"] = _STATE.name  # tests trust nothing in, and add nothing to, the developer's own store
 
 
 @pytest.fixture(autouse=True)

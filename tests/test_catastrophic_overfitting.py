@@ -28,6 +28,7 @@ from holdfast import (
     View,
     fit,
 )
+from holdfast import loop as loop_module
 from holdfast.attacks.class_start import ClassStartFGSM
 from holdfast.attacks.prior_guided import PriorGuidedFGSM
 from holdfast.catastrophic_overfitting import OvertakenAttack, response
@@ -421,7 +422,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[int, Any], dict[int,
     """The training state by batches done: right before the look, and where the run goes on after it."""
     before: dict[int, Any] = {}
     after: dict[int, Any] = {}
-    one, pause = Loop.one_step, Loop.pause
+    one, pause = Loop.one_step, loop_module.pause
 
     def noted(self: Loop, batch: Batch, progress: Progress) -> None:
         one(self, batch, progress)
@@ -432,7 +433,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[int, Any], dict[int,
         pause(self)
 
     monkeypatch.setattr(Loop, "one_step", noted)
-    monkeypatch.setattr(Loop, "pause", paused)
+    monkeypatch.setattr(loop_module, "pause", paused)
     return before, after
 
 

@@ -328,7 +328,7 @@ def test_json_is_one_object_on_standard_output(data: Path, tmp_path: Path, capsy
 def test_what_a_run_leaves(run: Path) -> None:
     """Exactly the files of the issue."""
     assert sorted(path.name for path in run.iterdir() if path.name != "evaluations") == [
-        "checkpoints", "config.yaml", "environment.json", "last", "metrics.jsonl", "model", "summary.json",
+        ".lock", "checkpoints", "config.yaml", "environment.json", "last", "metrics.jsonl", "model", "summary.json",
     ]  # fmt: skip
     for name in ("model", "last"):
         assert sorted(path.name for path in (run / name).iterdir()) == [

@@ -274,7 +274,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a fifth class": ({"x": X, "y": np.where(Y == 2, 4, Y)}, "has label 4 at index 2, outside 0 to 3"),
     "a foreign class": ({"x": X, "y": Y % 2, "classes": np.array(["a", "newt"])}, "has a class 'newt' that toy"),
     "too few names": ({"x": X, "y": Y, "classes": np.array(["a", "b"])}, "has label 2 at index 2, outside 0 to 1"),
-    "too few labels": ({"x": X, "y": Y[:5]}, "x has 12 images and y 5 labels"),
+    "too few labels": ({"x": X, "y": Y[:5]}, "y has 5 labels, and x has 12 images"),
     "colour": ({"x": np.stack([X] * 3, -1), "y": Y}, "they are 8×8×3 and those of toy 8×8×1"),
     "another size": ({"x": X[:, :6], "y": Y}, "they are 6×8×1 and those of toy 8×8×1 (height×width×channels): --image"),
     "nothing": ({"x": X[:0], "y": Y[:0]}, "holds no images (x is empty): add some"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from holdfast import EMA, SWA, Interpolation, NormalizedMSE, SplitBatchNorm, View, WorstWeights, fit
 from holdfast.forward import Attacked, Batch, Forward
-from holdfast.interruption import Interrupted, Interruption
+from holdfast.interruption import Interrupted
 from holdfast.loop import Loop
 from holdfast.objectives.base import Measurement
 from holdfast.recipe import SGD, Recipe
@@ -285,15 +285,6 @@ def test_sigterm_stops_after_the_step(whole: Path, tmp_path: Path, monkeypatch: 
     assert checkpoints(tmp_path / "run")[-1].name == "step-0000000005.pt"
     monkeypatch.undo()
     assert_same_run(go(tmp_path / "run", resume=True), whole)
-
-
-def test_a_second_ctrl_c_stops_at_once() -> None:
-    """The first only asks."""
-    with Interruption() as interruption:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.asked
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_ctrl_c_during_the_closing_evaluation(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

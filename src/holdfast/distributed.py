@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -52,6 +53,15 @@ def total(value: Tensor) -> Tensor:
         return value
     value = value.clone()
     dist.all_reduce(value)
+    return value
+
+
+def largest(value: Tensor) -> Tensor:
+    """The largest value over all processes, element by element. The argument is left alone."""
+    if not active():
+        return value
+    value = value.clone()
+    dist.all_reduce(value, dist.ReduceOp.MAX)
     return value
 
 
@@ -129,3 +139,42 @@ def barrier() -> None:
     """Wait until all processes are here."""
     if active():
         dist.barrier()
+
+
+@contextmanager
+def refused_together() -> Iterator[None]:
+    """Let every process refuse what one of them refuses; a barrier otherwise.
+
+    Raises:
+        HoldfastError: a process's own refusal, else that of the first one that has any.
+    """
+    own = None
+    try:
+        yield
+    except HoldfastError as error:
+        own = error
+    told = [message for message in gather_objects(None if own is None else str(own)) if message is not None]
+    if own is not None:
+        raise own
+    if told:
+        raise HoldfastError(told[0])
+
+
+@contextmanager
+def others_missed() -> Iterator[None]:
+    """Turn a collective that failed because another process has ended into one line.
+
+    Raises:
+        HoldfastError: instead of the error of torch's communication library.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not active():
+            raise
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower() and "by peer" not in str(error):
+            raise
+        raise HoldfastError(
+            "another process of this run has ended: its own message says why; then go on with --resume (evaluate: with"
+            " the same command)"
+        ) from error

@@ -163,7 +163,7 @@ def test_pickled_code_is_not_run(tmp_path, file, packed):
             "cifar-10-batches-py",
             "data_batch_4",
             pickle.dumps({"data": rows(TEST), "labels": ["a"] * 3}, 2),
-            "data_batch_4 holds no list labels of numbers",
+            "data_batch_4 holds no list labels of numbers from 0",
         ),
         (
             "cifar-10-batches-py",

@@ -28,7 +28,6 @@ from holdfast.evaluation.protocols import Options, autoattack, named, of_attacks
 from holdfast.evaluation.robustness import Result, evaluate
 from holdfast.evaluation.verified import recount
 from holdfast.runs.digests import beside
-from holdfast.runs.files import read_json
 from holdfast.threat import L1, L2, Linf, ThreatModel
 
 EPSILON = 0.15
@@ -346,14 +345,14 @@ def test_a_ledger_of_another_network_or_other_images_is_refused(model: nn.Module
 
 
 def test_two_cannot_write_one_ledger(model: nn.Module, tmp_path: Path) -> None:
-    from holdfast.evaluation.ledger import Ledger
+    from holdfast.evaluation.ledger import PROTOCOL
+    from holdfast.runs.lock import EVALUATING, locked
 
     short(model, out=tmp_path / "e")
-    holder = Ledger(tmp_path / "e", read_json(tmp_path / "e" / "protocol.json"))
-    holder.open(writes=True)
-    with pytest.raises(HoldfastError, match="another evaluation is writing"):
+    refused = pytest.raises(HoldfastError, match=r"another process is evaluating into .*/e: wait for it, or choose")
+    with locked(tmp_path / "e", work=EVALUATING, kept_for=PROTOCOL), refused:
         short(model, out=tmp_path / "e")
-    holder.close()
+    short(model, out=tmp_path / "e")
 
 
 def test_a_curve_never_rises(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from holdfast.cli.arguments import Parser, print_json
 
-EXTRAS = {"datasets": "data", "pyarrow": "data", "scipy": "data", "huggingface_hub": "hub"}
+EXTRAS = {"datasets": "data", "pyarrow": "data", "huggingface_hub": "hub"}
 
 
 def run(argv: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.arguments import Parser, positive, print_json
 from holdfast.errors import HoldfastError
+from holdfast.interruption import Stopped
 
 if TYPE_CHECKING:
     from holdfast.cli.subject import Subject
@@ -64,6 +66,7 @@ def parser() -> Parser:
     known.add_argument("--compile", action="store_true", help="compile the searching network")
     known.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda (auto)")
     known.add_argument("--out", metavar="DIR", help="the evaluation's folder (RUN/evaluations/NAME)")
+    known.add_trust()
     known.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     return known
 
@@ -72,13 +75,16 @@ def run(argv: Sequence[str]) -> int:
     """Evaluate, write the ledger and the summary, print it."""
     asked = parser().read(argv)
     from holdfast import distributed
+    from holdfast.models.trust import trusting
 
     started = distributed.start_from_environment()
     first = distributed.rank() == 0
     try:
-        found = measure(asked)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; finished units are kept: give the same command again to go on") from None
+        with trusting(asked.trust_code):
+            found = measure(asked)
+    except KeyboardInterrupt as stopped:
+        number = getattr(stopped, "number", signal.SIGINT)
+        raise Stopped("stopped; finished units are kept: give the same command again to go on", number) from None
     finally:
         if started:
             distributed.stop()

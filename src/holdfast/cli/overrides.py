@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_loader
 
 from holdfast.cli.arguments import unknown_option
 from holdfast.components import AVERAGES, VIEWS
 from holdfast.configuration import SINGLE, build_component, settings_of
 from holdfast.errors import HoldfastError, unknown_name
 from holdfast.further_network import FurtherNetwork
+from holdfast.parsing import parse_yaml
 from holdfast.recipe import SGD
 from holdfast.schedule import Schedule
 from holdfast.setup import Settings
@@ -47,18 +48,18 @@ def override(config: Mapping[str, Any], words: Sequence[str], plain: Sequence[st
     model = [word for word in words if word.startswith("--model.")]
     for word in model:
         key, _, value = word[len("--model.") :].partition("=")
-        try:
-            config["model"][key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise HoldfastError(f"--model.{key} {value!r} is no YAML: give a number, a word or a list") from None
+        config["model"][key] = parse_yaml(
+            value, f"--model.{key} {shortened(value)}", advice="give a number, a word or a list", typed=True
+        )
     words = [_with_number(word) for word in words if word and word not in model]
     if not words:
         return config
     parser = section_parser(config)
     words = [word for word in words if not _take_out(config, word)]
+    known = list(parser._option_string_actions)
+    words = [part for word in words for part in _each_setting(word, known)]
     options = [word[2:].partition("=")[0].split(".") for word in words]
     touched = {(option[0], option[1]) for option in options if option[0] in ("averages", "views") and len(option) > 1}
-    known = list(parser._option_string_actions)
     for word in words:
         if not word.startswith("--") or word.partition("=")[0] not in known:
             raise unknown_option(word, [*plain, *known])
@@ -112,6 +113,18 @@ def _choose_kind(config: Config, word: str) -> str:
     return word
 
 
+def _each_setting(word: str, known: Sequence[str]) -> list[str]:
+    """Return ``--views.worst_weights={gamma: 0.1, steps: 2}`` as one word for each setting, others as they are."""
+    option, _, value = word.partition("=")
+    if option in known or not any(name.startswith(f"{option}.") for name in known):
+        return [word]
+    settings = _typed(value)
+    if not isinstance(settings, dict):
+        return [word]
+    texts = {key: each if isinstance(each, str) else json.dumps(each) for key, each in settings.items()}
+    return [f"{option}.{key}={text}" for key, text in texts.items()]
+
+
 def _with_number(word: str) -> str:
     """Fractions as numbers; epsilon keeps its text, which says its own unit."""
     name, equals, value = word.partition("=")
@@ -119,9 +132,17 @@ def _with_number(word: str) -> str:
     return word if number is None else f"{name}{equals}{number!r}"
 
 
+def _typed(text: str) -> Any:
+    """Return what a value of the command line means; jsonargparse takes for text what is no plain YAML."""
+    return parse_yaml(text, shortened(text), advice="give a number, a word or a list", typed=True)
+
+
+set_loader("plain", _typed, exceptions=(HoldfastError,))
+
+
 def section_parser(config: Mapping[str, Any], prog: str = "holdfast train") -> ArgumentParser:
-    """A parser of all sections, with the configuration's values as defaults."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False)
+    """A parser of all sections, with the configuration's values as defaults. It imports nothing that a value names."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False, parser_mode="plain")
     parser.add_class_arguments(THREATS[config["threat"]["norm"]], "threat", skip={"epsilon"})
     defaults: Config = {
         f"threat.{key}": value for key, value in config["threat"].items() if key not in ("norm", "epsilon")
@@ -145,15 +166,41 @@ def section_parser(config: Mapping[str, Any], prog: str = "holdfast train") -> A
     for section, kind in (("optimizer", SGD), ("schedule", Schedule), ("training", Settings)):
         parser.add_class_arguments(kind, section)
         defaults |= {f"{section}.{key}": value for key, value in config[section].items()}
-    for action in parser._actions:
+    for action in list(parser._actions):
         hint = getattr(action, "_typehint", None)
-        if get_origin(hint) in (Union, UnionType):  # the name of a function would be imported: values alone are read
-            action._typehint = Union[tuple(kind for kind in get_args(hint) if get_origin(kind) is not Callable)]  # type: ignore[attr-defined]  # noqa: UP007
+        if hint is not None:
+            action._typehint = _importing_nothing(hint)  # type: ignore[attr-defined]
+        elif (
+            action.metavar == "CONFIG"
+        ):  # --attack FILE_OR_CLASS: jsonargparse would read the file, or import the class
+            parser._remove_action(action)
+            action.help = SUPPRESS
+            for option in action.option_strings:
+                del parser._option_string_actions[option]
     try:
         parser.set_defaults(defaults)
     except (ArgumentError, KeyError, TypeError, ValueError) as error:
         raise HoldfastError(f"the configuration is wrong: {_one_line(str(error))}") from None
     return parser
+
+
+def _importing_nothing(hint: Any) -> Any:
+    """Return a type hint for which jsonargparse imports nothing.
+
+    It imports the function that a word names where a Callable is expected, and the ``class_path`` of a mapping where
+    anything is expected. So functions cannot be given here, and a mapping holds what a schedule has.
+    """
+    if get_origin(hint) in (Union, UnionType):
+        kinds = [_importing_nothing(kind) for kind in get_args(hint) if get_origin(kind) is not Callable]
+        return Union[tuple(kinds)]  # noqa: UP007
+    if get_origin(hint) is Mapping:
+        return dict[str, str | Sequence[Sequence[float]]]
+    return hint
+
+
+def shortened(value: str) -> str:
+    """Return a value as a message shows it."""
+    return repr(value if len(value) <= 60 else f"{value[:50]} …")
 
 
 def _one_line(message: str) -> str:
@@ -165,7 +212,12 @@ def _one_line(message: str) -> str:
         words = re.findall(r"'([^']+)'", kinds[0]) if kinds[0].startswith("typing.Literal") else []
         if words:
             return f"--{key.group(1)} {value.group(1).strip()!r} is unknown: use {' or '.join(words)}"
-        names = {"collections.abc.Sequence": "list", "collections.abc.Mapping": "schedule", "NoneType": "null"}
+        names = {
+            "collections.abc.Sequence": "list",
+            "collections.abc.Mapping": "schedule",
+            "dict": "schedule",
+            "NoneType": "null",
+        }
         expected = " or ".join(str(names.get(kind, kind)).removeprefix("typing.") for kind in kinds)
         return f"--{key.group(1)} {value.group(1).strip()!r} is no {expected}: see `holdfast train RECIPE --help`"
     if key and value:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from holdfast.data.images import Dataset, Images
 from holdfast.data.inert_pickle import load_inert
+from holdfast.data.unpacking import Gunzip, GzipDamage
 from holdfast.errors import HoldfastError
+from holdfast.regular_files import open_regular, read_regular, readable_size
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SUGGESTED_EPSILON = 8 / 255
@@ -24,6 +28,10 @@ _NAMES = frozenset(
     + ["batches.meta", "batches.meta.txt", "meta", "fine_label_names.txt", "coarse_label_names.txt"]
 )
 _LARGEST_FILE = 1 << 28  # CIFAR-100's train file has 155 MB; a longer one is not CIFAR
+_LARGEST_ARCHIVE = 400 << 20  # unpacked; CIFAR's have 190 MB
+_MEMBERS = 10_000
+_BLOCK = 512  # bytes: tar's unit, and the length of a member's header
+_PART = 1 << 20
 
 Files = Mapping[str, Callable[[], bytes]]
 """Reads each file of the data set by its name, from a folder or out of an archive."""
@@ -33,7 +41,7 @@ def recognises(path: Path) -> bool:
     """Whether ``path`` is a CIFAR folder, its parent, or a tar archive."""
     if path.is_dir():
         return _folder(path) is not None
-    return path.is_file() and tarfile.is_tarfile(path)
+    return path.is_file() and _is_tar(path)
 
 
 def read(path: Path) -> Dataset:
@@ -94,25 +102,73 @@ def _folder(path: Path) -> Path | None:
 
 
 def _folder_files(folder: Path) -> Files:
-    return {name: (folder / name).read_bytes for name in _NAMES if (folder / name).is_file()}
+    return {
+        name: partial(read_regular, folder / name, most=_LARGEST_FILE) for name in _NAMES if (folder / name).is_file()
+    }
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether a file begins as a tar archive does, packed with gzip or not."""
+    try:
+        with open_regular(path) as file:
+            tarfile.TarInfo.frombuf(_unpacked(file).read(_BLOCK), "utf-8", "surrogateescape")
+    except (tarfile.TarError, GzipDamage):
+        return False
+    return True
+
+
+def _unpacked(file: BinaryIO) -> io.BufferedIOBase | BinaryIO:
+    """The content of a file that may be packed with gzip."""
+    is_packed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return io.BufferedReader(Gunzip(file)) if is_packed else file
 
 
 def _archive_files(path: Path) -> Files:
     """Read the wanted members into memory; nothing is extracted, so no member's path can matter."""
-    contents: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                name = PurePosixPath(member.name).name
-                if not member.isfile() or name not in _NAMES:
-                    continue
-                if member.size > _LARGEST_FILE:
-                    raise HoldfastError(f"{path}: {name} has {member.size} bytes, more than any of CIFAR's files")
-                stream = archive.extractfile(member)
-                contents[name] = stream.read() if stream is not None else b""
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        with open_regular(path) as file:
+            contents = dict(_members(path, _unpacked(file)))
+    except (tarfile.TarError, GzipDamage, EOFError) as error:
         raise HoldfastError(f"{path} is not a whole archive ({error}): download it again") from error
     return {name: (lambda content=content: content) for name, content in contents.items()}
+
+
+def _members(path: Path, stream: io.BufferedIOBase | BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Go through a tar archive once, forwards. Long names and attributes, which are members too, are passed over."""
+    left = _LARGEST_ARCHIVE
+    for _ in range(_MEMBERS):
+        block = stream.read(_BLOCK)
+        if not block:
+            return
+        if not block.strip(b"\0"):
+            _pass_over(stream, left)  # to the checksum of gzip
+            return
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        name = PurePosixPath(member.name).name
+        is_wanted = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and name in _NAMES
+        if is_wanted and member.size > _LARGEST_FILE:
+            raise HoldfastError(f"{path}: {name} has {member.size} bytes, more than any of CIFAR's files")
+        padded = -(-member.size // _BLOCK) * _BLOCK
+        left -= _BLOCK + padded
+        if padded < 0 or left < 0:
+            raise HoldfastError(
+                f"{path} holds more than {readable_size(_LARGEST_ARCHIVE)}, which CIFAR does not: give it as published"
+            )
+        if not is_wanted:
+            _pass_over(stream, padded)
+            continue
+        content = stream.read(padded)
+        if len(content) < member.size:
+            raise EOFError(f"{name} is cut")
+        yield name, content[: member.size]
+    raise HoldfastError(f"{path} holds more than {_MEMBERS} files, which CIFAR does not: give it as published")
+
+
+def _pass_over(stream: io.BufferedIOBase | BinaryIO, count: int) -> None:
+    """Read and forget, at most so many bytes."""
+    while count > 0 and (part := stream.read(min(count, _PART))):
+        count -= len(part)
 
 
 def _require(path: Path, files: Files, name: str) -> bytes:
@@ -145,8 +201,10 @@ def _pickled_split(path: Path, files: Files, names: tuple[str, ...], is_ten: boo
         data, batch_labels = batch.get("data"), batch.get(label_key)
         if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != _PIXELS:
             raise HoldfastError(f"{path}: {name} holds no (N, {_PIXELS}) array called data: use the published files")
-        if not isinstance(batch_labels, list) or any(type(label) is not int for label in batch_labels):
-            raise HoldfastError(f"{path}: {name} holds no list {label_key} of numbers: use the published files")
+        if not isinstance(batch_labels, list) or any(
+            type(label) is not int or not 0 <= label < 256 for label in batch_labels
+        ):
+            raise HoldfastError(f"{path}: {name} holds no list {label_key} of numbers from 0: use the published files")
         if len(batch_labels) != len(data):
             raise HoldfastError(
                 f"{path}: {name} holds {len(data)} images but {len(batch_labels)} {label_key}: download it again"

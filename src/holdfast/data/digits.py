@@ -11,7 +11,9 @@ from importlib import resources
 import numpy as np
 import torch
 
+from holdfast.data.archive import open_archive
 from holdfast.data.images import Dataset, Images
+from holdfast.data.limits import Room
 from holdfast.data.split import stratified_split
 
 TEST_IMAGES = 360
@@ -27,11 +29,9 @@ def read() -> Dataset:
         >>> len(digits.train), len(digits.test), digits.image_size
         (1437, 360, (8, 8))
     """
-    with (
-        resources.files("holdfast.data").joinpath("digits.npz").open("rb") as file,
-        np.load(file, allow_pickle=False) as arrays,
-    ):
-        levels, labels = arrays["levels"], arrays["labels"]
+    file = resources.files("holdfast.data").joinpath("digits.npz").open("rb")
+    with open_archive(file, "the digits", Room()) as archive:
+        levels, labels = archive.read("levels"), archive.read("labels")
     pixels = np.rint(levels.astype(np.float64) * 255 / 16).astype(np.uint8)
     images = Images(torch.from_numpy(pixels).unsqueeze(-1), torch.from_numpy(labels.astype(np.int64)))
     kept, held = stratified_split(images.labels, TEST_IMAGES, seed=0)

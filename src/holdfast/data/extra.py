@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,10 @@ from torch import Tensor
 
 from holdfast import distributed
 from holdfast.data import cifar, folder, idx, npz, parquet, svhn
+from holdfast.data.archive import open_archive
 from holdfast.data.decode import Encoded, decode_images, plan_decoding, resize_pixels
 from holdfast.data.images import Dataset, Images
+from holdfast.data.limits import Room
 from holdfast.data.loader import to_pixels
 from holdfast.data.sources import load
 from holdfast.data.table import NAMED
@@ -139,14 +139,14 @@ def _read(source: str, *, labelled: bool, image_size: int | None) -> _Found:
 
 def _read_archive(path: Path, *, labelled: bool, image_size: int | None) -> _Found:
     notes: list[str] = []
-    arrays = _arrays(path, labelled=labelled)
+    room = Room()
+    arrays = _arrays(path, room, labelled=labelled)
     name, label_name = next(((x, y) for x, y in _ARRAYS if x in arrays), ("", ""))
     if not name:
         raise HoldfastError(f"{path} holds no images: save them as x, and their labels, if there are any, as y")
-    images = npz._channels_last(f"{path}: {name}", arrays[name], notes)
-    if len(images) == 0:
+    if arrays[name].shape[:1] == (0,):
         raise HoldfastError(f"{path} holds no images ({name} is empty): add some")
-    pixels = torch.from_numpy(np.array(npz._as_bytes(f"{path}: {name}", images, notes), order="C"))
+    pixels = npz.pixels_of(f"{path}: {name}", arrays.pop(name), notes)
     if image_size is not None:
         pixels = resize_pixels(pixels, image_size)
     if label_name not in arrays:
@@ -154,24 +154,17 @@ def _read_archive(path: Path, *, labelled: bool, image_size: int | None) -> _Fou
     given = arrays[label_name]
     if np.issubdtype(given.dtype, np.integer) and given.min(initial=0) < 0:
         raise HoldfastError(f"{path}: {label_name} holds {given.min()}, which is no class: {_LABEL_THEM}")
-    labels = torch.from_numpy(npz._labels(f"{path}: {label_name}", given))
-    if len(labels) != len(pixels):
-        raise HoldfastError(
-            f"{path}: {name} has {len(pixels)} images and {label_name} {len(labels)} labels: match them"
-        )
+    count = len(pixels)
+    labels = npz.labels_of(f"{path}: {label_name}", given, f"{name} has {count} images", count, room)
     return _Found(pixels, labels, npz._class_names(path, arrays), tuple(notes))
 
 
-def _arrays(path: Path, *, labelled: bool) -> dict[str, Any]:
+def _arrays(path: Path, room: Room, *, labelled: bool) -> dict[str, Any]:
     """The training arrays of an archive and no others, which may be large."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            pair = next((pair for pair in _ARRAYS if pair[0] in archive.files), ())
-            wanted = [*pair, "classes"] if labelled else pair[:1]
-            return {name: archive[name] for name in wanted if name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HoldfastError(f"{path} cannot be read ({reason}): save plain arrays with numpy.savez") from error
+    with open_archive(path, str(path), room) as archive:
+        pair = next((pair for pair in _ARRAYS if pair[0] in archive.names), ())
+        wanted = [*pair, "classes"] if labelled else pair[:1]
+        return {name: archive.read(name) for name in wanted if name in archive.names}
 
 
 def _read_folder(path: Path, *, labelled: bool, image_size: int | None) -> _Found:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
+import io
+import math
+import os
 import struct
-import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.data.images import Dataset, Images, numbered_classes
+from holdfast.data.limits import Room
+from holdfast.data.unpacking import DEFLATE_RATIO, Gunzip, GzipDamage, read_into
 from holdfast.errors import HoldfastError
+from holdfast.regular_files import open_regular
 
 FASHION_CLASSES = (
     "T-shirt/top",
@@ -44,7 +49,8 @@ def read(path: Path) -> Dataset:
     Raises:
         HoldfastError: A file is missing, is not IDX, is truncated, or counts differ.
     """
-    train, test = _split(path, "train"), _split(path, "t10k")
+    room = Room()
+    train, test = _split(path, "train", room), _split(path, "t10k", room)
     resolved = path.resolve()
     # torchvision keeps the files in <name>/raw
     folder = resolved.parent.name if resolved.name.lower() == "raw" else resolved.name
@@ -63,9 +69,11 @@ def read(path: Path) -> Dataset:
     )
 
 
-def _split(folder: Path, prefix: str) -> Images:
+def _split(folder: Path, prefix: str, room: Room) -> Images:
     images_file, labels_file = _require(folder, f"{prefix}-images", 3), _require(folder, f"{prefix}-labels", 1)
-    pixels, labels = _array(images_file, IMAGE_MAGIC, 3), _array(labels_file, LABEL_MAGIC, 1)
+    labels = _array(labels_file, LABEL_MAGIC, 1, room)
+    room.take(8 * len(labels), str(labels_file))  # they become int64
+    pixels = _array(images_file, IMAGE_MAGIC, 3, room)
     if len(pixels) != len(labels):
         raise HoldfastError(
             f"{images_file} holds {len(pixels)} images but {labels_file.name} holds {len(labels)} labels: take both "
@@ -90,33 +98,35 @@ def _require(folder: Path, stem: str, dimensions: int) -> Path:
     return file
 
 
-def _array(file: Path, magic: int, dimensions: int) -> Tensor:
-    raw = _read_bytes(file)
-    header = 4 + 4 * dimensions
-    if len(raw) < header:
+def _array(file: Path, magic: int, dimensions: int, room: Room) -> Tensor:
+    """Read an IDX file: first its header, then as many bytes as that declares."""
+    try:
+        with open_regular(file) as packed:
+            return _content(file, packed, magic, dimensions, room)
+    except GzipDamage as error:
+        raise HoldfastError(f"{file} is not a whole gzip file ({error}): download it again") from error
+
+
+def _content(file: Path, packed: BinaryIO, magic: int, dimensions: int, room: Room) -> Tensor:
+    stream = io.BufferedReader(Gunzip(packed)) if file.suffix == ".gz" else packed
+    header = stream.read(4 + 4 * dimensions)
+    if len(header) < 4 + 4 * dimensions:
         raise HoldfastError(f"{file} is truncated, it ends within its header: download it again")
-    found, *shape = struct.unpack(f">{1 + dimensions}I", raw[:header])
+    found, *shape = struct.unpack(f">{1 + dimensions}I", header)
     if found != magic:
         raise HoldfastError(
             f"{file} has magic number 0x{found:08x}, 0x{magic:08x} is expected: it is not the IDX file its name says, "
             "download it again"
         )
-    expected = header
-    size = 1
-    for length in shape:
-        size *= length
-    expected += size
-    if len(raw) != expected:
-        state = "truncated" if len(raw) < expected else "longer than its header says"
-        raise HoldfastError(f"{file} is {state} ({len(raw)} bytes, {expected} are expected): download it again")
-    return torch.from_numpy(np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape).copy())
-
-
-def _read_bytes(file: Path) -> bytes:
-    if file.suffix != ".gz":
-        return file.read_bytes()
-    try:
-        with gzip.open(file, "rb") as packed:
-            return packed.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise HoldfastError(f"{file} is not a whole gzip file ({error}): download it again") from error
+    expected = len(header) + math.prod(shape)
+    size = os.fstat(packed.fileno()).st_size
+    possible = DEFLATE_RATIO * (size + 1) if file.suffix == ".gz" else size
+    if possible < expected:
+        raise HoldfastError(f"{file} is truncated ({size} bytes, {expected} are expected): download it again")
+    room.take(expected, str(file))
+    array = np.empty(math.prod(shape), dtype=np.uint8)
+    count = len(header) + read_into(stream, array)
+    if count < expected or stream.read(1):
+        state = f"truncated ({count}" if count < expected else f"longer than its header says ({max(size, count + 1)}"
+        raise HoldfastError(f"{file} is {state} bytes, {expected} are expected): download it again")
+    return torch.from_numpy(array.reshape(shape))

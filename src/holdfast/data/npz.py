@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from holdfast.data.archive import open_archive
 from holdfast.data.images import Dataset, Images, numbered_classes
+from holdfast.data.limits import Room
 from holdfast.data.split import hold_out_test
 from holdfast.errors import HoldfastError
 
-_CHUNK = 4096  # images converted at a time, so that a large float array is not copied whole
+_CHUNK = 1 << 20  # numbers converted at a time, so that a large float array is not copied whole
 
 
 def recognises(path: Path) -> bool:
     """Whether ``path`` is a zip archive of ``.npy`` files."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
+    if not path.is_file():
         return False
     try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(".npy") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
+        with open_archive(path, str(path), Room()) as archive:
+            return bool(archive.names)
+    except HoldfastError:
         return False
 
 
@@ -40,14 +41,15 @@ def read(path: Path, *, seed: int = 0) -> Dataset:
     Raises:
         HoldfastError: An array is missing or not of the stated kind.
     """
-    arrays = _arrays(path)
+    room = Room()
+    arrays = _arrays(path, room)
     notes: list[str] = []
     if "x_train" in arrays or "y_train" in arrays:
-        train = _split(path, arrays, "x_train", "y_train", notes)
+        train = _split(path, arrays, "x_train", "y_train", notes, room)
         has_test = "x_test" in arrays or "y_test" in arrays
-        test = _split(path, arrays, "x_test", "y_test", notes) if has_test else None
+        test = _split(path, arrays, "x_test", "y_test", notes, room) if has_test else None
     else:
-        train, test = _split(path, arrays, "x", "y", notes), None
+        train, test = _split(path, arrays, "x", "y", notes, room), None
     if test is None:
         classes = _class_names(path, arrays) or numbered_classes(train.labels)
         train, test, note = hold_out_test(train, seed)
@@ -57,26 +59,34 @@ def read(path: Path, *, seed: int = 0) -> Dataset:
     return Dataset(name=path.stem, train=train, test=test, classes=classes, notes=tuple(notes))
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def _arrays(path: Path, room: Room) -> dict[str, np.ndarray]:
     wanted = ("x_train", "y_train", "x_test", "y_test", "x", "y", "classes")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in wanted if name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HoldfastError(f"{path} cannot be read ({reason}): save plain arrays with numpy.savez") from error
+    with open_archive(path, str(path), room) as archive:
+        return {name: archive.read(name) for name in wanted if name in archive.names}
 
 
-def _split(path: Path, arrays: dict[str, np.ndarray], x_name: str, y_name: str, notes: list[str]) -> Images:
+def _split(path: Path, arrays: dict[str, np.ndarray], x_name: str, y_name: str, notes: list[str], room: Room) -> Images:
     for name in (x_name, y_name):
         if name not in arrays:
             raise HoldfastError(f"{path} holds no array {name}: save x_train, y_train, x_test and y_test, or x and y")
-    pixels = _channels_last(f"{path}: {x_name}", arrays[x_name], notes)
-    labels = _labels(f"{path}: {y_name}", arrays[y_name])
-    if len(pixels) != len(labels):
-        raise HoldfastError(f"{path}: {x_name} has {len(pixels)} images and {y_name} {len(labels)} labels: match them")
-    rows = np.array(_as_bytes(f"{path}: {x_name}", pixels, notes), order="C")
-    return Images(torch.from_numpy(rows), torch.from_numpy(labels))
+    pixels = pixels_of(f"{path}: {x_name}", arrays.pop(x_name), notes)
+    labels = labels_of(f"{path}: {y_name}", arrays[y_name], f"{x_name} has {len(pixels)} images", len(pixels), room)
+    return Images(pixels, labels)
+
+
+def pixels_of(where: str, pixels: np.ndarray, notes: list[str]) -> Tensor:
+    """Return an array of images as bytes, channels last.
+
+    Args:
+        where: What messages call it.
+        pixels: The array as it was read.
+        notes: Gets what was decided.
+    Shapes:
+        pixels: (N, H, W), (N, H, W, C) or (N, C, H, W); result: (N, H, W, C) uint8.
+    Raises:
+        HoldfastError: It is of another shape, type or scale.
+    """
+    return torch.from_numpy(np.ascontiguousarray(_channels_last(where, _as_bytes(where, pixels, notes), notes)))
 
 
 def _channels_last(where: str, pixels: np.ndarray, notes: list[str]) -> np.ndarray:
@@ -100,10 +110,14 @@ def _as_bytes(where: str, pixels: np.ndarray, notes: list[str]) -> np.ndarray:
         return pixels
     if not np.issubdtype(pixels.dtype, np.floating):
         raise HoldfastError(f"{where} is {pixels.dtype}: store uint8 from 0 to 255, or float from 0 to 1")
-    result = np.empty(pixels.shape, dtype=np.uint8)
+    _channels_last(where, pixels, [])  # a wrong shape is told first
+    result = np.empty_like(pixels, dtype=np.uint8)
+    numbers, rounded_numbers = (
+        (array if array.flags.c_contiguous else array.T).reshape(-1) for array in (pixels, result)
+    )
     largest_change = 0.0
-    for start in range(0, len(pixels), _CHUNK):
-        part = pixels[start : start + _CHUNK].astype(np.float64)
+    for start in range(0, len(numbers), _CHUNK):
+        part = numbers[start : start + _CHUNK].astype(np.float64)
         if not (np.isfinite(part).all() and part.min() >= 0 and part.max() <= 1):
             raise HoldfastError(
                 f"{where} is float from {part.min():g} to {part.max():g}, 0 to 1 is expected: store uint8, or divide "
@@ -111,22 +125,40 @@ def _as_bytes(where: str, pixels: np.ndarray, notes: list[str]) -> np.ndarray:
             )
         rounded = np.rint(part * 255)
         largest_change = max(largest_change, float(np.abs(rounded / 255 - part).max(initial=0.0)))
-        result[start : start + _CHUNK] = rounded
+        rounded_numbers[start : start + _CHUNK] = rounded
     notes.append(f"{where} was float and is rounded to uint8; the largest change is {largest_change:.2g}.")
     return result
 
 
-def _labels(where: str, labels: np.ndarray) -> np.ndarray:
+def labels_of(where: str, labels: np.ndarray, images: str, count: int, room: Room) -> Tensor:
+    """Return an array of labels as class numbers.
+
+    Args:
+        where: What messages call it.
+        labels: The array as it was read.
+        images: The array of images and their number, in words.
+        count: How many images there are.
+        room: What the data may take.
+    Shapes:
+        labels: (N,) or (N, 1); result: (N,) int64.
+    Raises:
+        HoldfastError: They are not whole numbers from 0, or not one an image.
+    """
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1:
         raise HoldfastError(f"{where} has shape {labels.shape}: store one class number an image, as argmax(1) gives")
     if not np.issubdtype(labels.dtype, np.integer):
         raise HoldfastError(f"{where} is {labels.dtype}: store class numbers as integers from 0")
+    if len(labels) != count:
+        raise HoldfastError(f"{where} has {len(labels)} labels, and {images}: match them")
     if labels.size > 0 and labels.min() < 0:
         index = int(labels.argmin())
         raise HoldfastError(f"{where} has label {labels[index]} at index {index}: number the classes from 0")
-    return labels.astype(np.int64)
+    if labels.size > 0 and labels.max() > np.iinfo(np.int64).max:
+        raise HoldfastError(f"{where} has label {labels.max()}: number the classes from 0 without gaps")
+    room.take(8 * count, where)
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def _class_names(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ...] | None:

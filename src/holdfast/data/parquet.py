@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from holdfast.data.decode import DecodePlan, Encoded, decode_images, plan_decodi
 from holdfast.data.images import Dataset, Images, numbered_classes
 from holdfast.data.split import hold_out_test
 from holdfast.errors import HoldfastError
+from holdfast.parsing import JSON_BYTES, parse_json
+from holdfast.regular_files import read_regular
 
 _SPLIT = re.compile(r"(train|test|valid|validation|val)(?:[-.].*)?\.parquet")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\b")
@@ -118,8 +119,8 @@ def _require_all_shards(files: list[Path]) -> None:
 
 def _saved_files(path: Path) -> SplitFiles:
     try:
-        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        states = {split: json.loads((path / split / "state.json").read_text(encoding="utf-8")) for split in splits}
+        splits = _json_of(path / "dataset_dict.json")["splits"]
+        states = {split: _json_of(path / split / "state.json") for split in splits}
         files = {
             split: [path / split / Path(entry["filename"]).name for entry in state["_data_files"]]
             for split, state in states.items()
@@ -129,6 +130,10 @@ def _saved_files(path: Path) -> SplitFiles:
     if not files.get("train"):
         raise HoldfastError(f"{path} has no train split (it has {', '.join(files)}): save one called train")
     return files
+
+
+def _json_of(file: Path) -> Any:
+    return parse_json(read_regular(file, most=JSON_BYTES), str(file), advice="save it again")
 
 
 def _table(files: list[Path]) -> Any:
@@ -218,7 +223,7 @@ def _class_names(table: Any) -> tuple[str, ...] | None:
     if raw is None:
         return None
     try:
-        features = json.loads(raw)["info"]["features"]
+        features = parse_json(raw, "the metadata")["info"]["features"]
         column = next(name for name in _LABEL_COLUMNS if name in table.schema.names)
         names = features[column]["names"]
     except (ValueError, LookupError, TypeError):

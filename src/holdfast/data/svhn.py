@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from holdfast.data.images import Dataset, Images
+from holdfast.data.limits import Room
+from holdfast.data.matlab import read_numeric
 from holdfast.errors import HoldfastError
 
 
@@ -24,15 +24,16 @@ def read(path: Path) -> Dataset:
     Args:
         path: Folder with ``train_32x32.mat`` and ``test_32x32.mat``; ``extra_32x32.mat`` is not used.
     Raises:
-        HoldfastError: A file is missing or damaged, or SciPy is not installed.
+        HoldfastError: A file is missing or damaged.
     """
     notes = ()
     if (path / "extra_32x32.mat").is_file():
         notes = ("extra_32x32.mat is not used: only the training and test files are read.",)
+    room = Room()
     return Dataset(
         name="svhn",
-        train=_split(path / "train_32x32.mat"),
-        test=_split(path / "test_32x32.mat"),
+        train=_split(path / "train_32x32.mat", room),
+        test=_split(path / "test_32x32.mat", room),
         classes=tuple(str(digit) for digit in range(10)),
         suggested_epsilon=8 / 255,
         flip=False,
@@ -41,16 +42,16 @@ def read(path: Path) -> Dataset:
     )
 
 
-def _split(file: Path) -> Images:
+def _split(file: Path, room: Room) -> Images:
     if not file.is_file():
         raise HoldfastError(f"{file.parent} lacks {file.name}: put both SVHN files there")
-    content = _load_mat(file)
+    content = read_numeric(file, ("X", "y"), room)
     pixels, labels = content.get("X"), content.get("y")
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[:3] != (32, 32, 3):
+    if pixels is None or pixels.dtype != np.uint8 or pixels.shape[:3] != (32, 32, 3):
         raise HoldfastError(f"{file} holds no (32, 32, 3, N) array X of bytes: use SVHN's cropped-digits files")
     if pixels.ndim == 3:  # MATLAB drops a last dimension of length one
         pixels = pixels[..., None]
-    if not isinstance(labels, np.ndarray) or labels.size != pixels.shape[3]:
+    if labels is None or labels.size != pixels.shape[3]:
         raise HoldfastError(f"{file} holds no array y with {pixels.shape[3]} labels: use SVHN's cropped-digits files")
     digits = labels.reshape(-1).astype(np.int64)
     bad = np.flatnonzero((digits < 1) | (digits > 10))
@@ -61,25 +62,3 @@ def _split(file: Path) -> Images:
         )
     rows = np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))
     return Images(torch.from_numpy(rows), torch.from_numpy(digits % 10))
-
-
-def _load_mat(file: Path) -> dict[str, object]:
-    try:
-        from scipy.io import loadmat
-        from scipy.io.matlab import MatReadError
-    except ImportError as error:
-        raise HoldfastError('reading SVHN needs SciPy: pip install "holdfast[data]"') from error
-    try:
-        return loadmat(str(file), variable_names=["X", "y"])
-    except (
-        MatReadError,
-        ValueError,
-        TypeError,
-        LookupError,
-        NotImplementedError,
-        OSError,
-        EOFError,
-        struct.error,
-        zlib.error,
-    ) as error:
-        raise HoldfastError(f"{file} is not a readable MATLAB file ({error}): download it again") from error

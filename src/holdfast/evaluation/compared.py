@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from holdfast.evaluation.results import (
     threat_in_words,
 )
 from holdfast.evaluation.statistics import difference_interval, mcnemar, wilson_interval
+from holdfast.parsing import LINES_BYTES, parse_json_lines
 from holdfast.runs.digests import checked_bytes
 from holdfast.runs.files import read_json
 
@@ -80,9 +80,11 @@ def read_finished(folder: Path) -> Finished:
     for name in (LEDGER, FLAGS):
         if not (folder / name).is_file():
             raise _incomplete(folder, f"{name} is missing")
-    rows = []
-    for number, line in enumerate(checked_bytes(folder / LEDGER, advice=_anew(folder)).splitlines(), 1):
-        rows.append(_row(line, f"line {number} of {folder / LEDGER}", _anew(folder)))
+    content = checked_bytes(folder / LEDGER, most=LINES_BYTES, advice=_anew(folder))
+    rows = parse_json_lines(content, str(folder / LEDGER), advice=_anew(folder))
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not row.keys() >= _KEYS:
+            raise Damaged(f"line {number} of {folder / LEDGER} is damaged", _anew(folder))
     if len(rows) < protocol["n"]:
         raise _incomplete(folder, f"{len(rows)} of {protocol['n']} images are done")
     if len(rows) > protocol["n"] or len({row["index"] for row in rows}) < len(rows):
@@ -92,17 +94,6 @@ def read_finished(folder: Path) -> Finished:
     if not isinstance(flags, list):
         raise Damaged(f"{folder / FLAGS} is damaged, it holds no flags", advice)
     return Finished(folder, protocol, sorted(rows, key=lambda row: row["index"]), flags)
-
-
-def _row(line: bytes, what: str, advice: str) -> dict[str, Any]:
-    """A line of the ledger, or a refusal."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict) or not value.keys() >= _KEYS:
-        raise Damaged(f"{what} is damaged", advice)
-    return value
 
 
 def _incomplete(folder: Path, why: str) -> HoldfastError:

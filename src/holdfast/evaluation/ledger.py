@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,8 +14,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from holdfast.errors import Damaged, HoldfastError
+from holdfast.parsing import LINES_BYTES, parse_json_lines, through_json
 from holdfast.runs.digests import checked_bytes, matches, of_file
-from holdfast.runs.files import read_json, write_json, write_text, write_whole
+from holdfast.runs.files import full_disk_told, read_json, remove_halves, write_json, write_text, write_whole
+from holdfast.runs.lock import FolderLock
 
 PROTOCOL, LEDGER, UNITS, EXAMPLES = "protocol.json", "ledger.jsonl", "units", "examples"
 SAYS = {
@@ -39,6 +40,7 @@ class Ledger:
     Args:
         path: The folder; made if missing.
         protocol: What is evaluated, and how. A folder that holds another evaluation is refused.
+        lock: The lock on the folder, where this process writes to it.
 
     Attributes:
         damaged: What is wrong with the files of finished units that `has` has looked at, in words.
@@ -48,13 +50,13 @@ class Ledger:
         HoldfastError: the folder holds something else.
     """
 
-    def __init__(self, path: Path | None, protocol: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, protocol: Mapping[str, Any], lock: FolderLock | None = None) -> None:
         self.path = path
         self.protocol = dict(protocol)
+        self.lock = lock
         self.kept: dict[int, tuple[list[dict[str, Any]], dict[str, Tensor] | None]] = {}
         self.damaged: list[str] = []
         self.unchecked: list[Path] = []
-        self._lock: IO[str] | None = None
 
     @property
     def _anew(self) -> str:
@@ -76,28 +78,19 @@ class Ledger:
         elif self.path.is_dir() and any(not each.name.startswith(".") for each in self.path.iterdir()):
             raise HoldfastError(f"{self.path} is not empty and holds no evaluation: choose another --out")
         if writes:
-            self._lock_folder()
+            remove_halves(self.path, self.path / UNITS, self.path / EXAMPLES)
             if not file.is_file():
                 write_json(file, self.protocol)
+            self.check()
 
-    def _lock_folder(self) -> None:
-        """Refuse a second evaluation in the same folder at the same time. The lock goes with the process."""
-        assert self.path is not None  # only called with one
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise HoldfastError(
-                f"another evaluation is writing to {self.path}: wait for it or choose another --out"
-            ) from None
+    def check(self) -> None:
+        """Look whether the folder is still there. Every writer asks before it writes.
 
-    def close(self) -> None:
-        """Let others write."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        Raises:
+            HoldfastError: it was deleted, moved or replaced.
+        """
+        if self.lock is not None:
+            self.lock.check()
 
     def _unit_file(self, number: int) -> Path:
         assert self.path is not None  # only called with one
@@ -131,6 +124,7 @@ class Ledger:
         if self.path is None:
             self.kept[number] = ([dict(row) for row in rows], None if examples is None else dict(examples))
             return
+        self.check()
         if examples is not None:
             data = save({name: tensor.detach().cpu().contiguous() for name, tensor in examples.items()})
             write_whole(self.examples_file(number), lambda file: file.write(data), hashed=True)
@@ -210,11 +204,14 @@ class Ledger:
             rows = read_rows(self.path / LEDGER, advice=self._anew, unchecked=self.unchecked.append)
             if len(rows) != images:
                 raise Damaged(f"{self.path / LEDGER} has {len(rows)} rows for {images} images", self._anew)
+            shutil.rmtree(self.path / UNITS, ignore_errors=True)  # killed before it was removed
             return rows
         rows = [row for number in range(units) for row in self.rows_of(number)]
         if self.path is not None:
+            self.check()
             write_text(self.path / LEDGER, "".join(json.dumps(row) + "\n" for row in rows), hashed=True)
-            shutil.rmtree(self.path / UNITS)
+            with full_disk_told(self.path / UNITS):
+                shutil.rmtree(self.path / UNITS)
         return rows
 
     @property
@@ -240,19 +237,13 @@ def read_rows(
         HoldfastError: missing or damaged (`Damaged`).
     """
     try:
-        text = checked_bytes(path, advice=advice, unchecked=unchecked).decode()
-        rows = [json.loads(line) for line in text.splitlines() if line]
+        content = checked_bytes(path, most=LINES_BYTES, advice=advice, unchecked=unchecked)
+        rows = parse_json_lines(content, str(path), advice=advice)
         if not all(isinstance(row, dict) and "verdict" in row for row in rows):
-            raise ValueError
+            raise Damaged(f"{path} is damaged", advice)
         return rows
     except FileNotFoundError:
         raise HoldfastError(f"{path} is missing: finish the evaluation with the command that began it") from None
-    except OSError as error:
-        raise Damaged(f"{path} cannot be read ({error.strerror})", advice) from None
-    except Damaged:
-        raise
-    except ValueError:
-        raise Damaged(f"{path} is damaged", advice) from None
 
 
 def _alike(before: Any, now: Any) -> bool:
@@ -271,7 +262,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         >>> difference({"epsilon": 0.1, "seed": 0}, {"epsilon": 0.2, "seed": 0})
         'epsilon (0.1 there, 0.2 asked for)'
     """
-    now = json.loads(json.dumps(now))
+    now = through_json(now)
     for name in (*before, *now):
         if name not in NAMES and before.get(name) != now.get(name):
             if name == "outputs" and _alike(before.get(name), now.get(name)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +19,17 @@ from holdfast.errors import HoldfastError
 from holdfast.evaluation import fingerprint, flags, probes, results
 from holdfast.evaluation.estimate import Estimate
 from holdfast.evaluation.inputs import Inputs, as_inputs, check_logits, chosen
-from holdfast.evaluation.ledger import Ledger
+from holdfast.evaluation.ledger import PROTOCOL, Ledger
 from holdfast.evaluation.networks import Deciding, Searching, Speed
 from holdfast.evaluation.probed_model import left_as_it_was
 from holdfast.evaluation.protocols import Options, Protocol, adaptations, named, of_attacks
 from holdfast.evaluation.pursuit import Pursuit, Rules
 from holdfast.evaluation.unit import Unit, rows_of
+from holdfast.interruption import Interruption, Stopped
 from holdfast.keyed_random import Key, permutation
 from holdfast.progress_display import Display
 from holdfast.runs.files import read_json, write_json, write_text
+from holdfast.runs.lock import EVALUATING, locked
 from holdfast.threat import ThreatModel
 
 PROBED, TRIED, OUTPUTS = 64, 8, 100
@@ -143,25 +146,32 @@ class Plan:
         """All units that are not yet done, by all processes, then the summary."""
         if isinstance(self.unit, bool) or not isinstance(self.unit, int) or self.unit < 1:
             raise HoldfastError(f"unit is {self.unit!r}: give a whole number of images, at least 1")
-        with torch.inference_mode(False), left_as_it_was(self.model, self.inputs.device):
+        with ExitStack() as stack:
+            stack.enter_context(distributed.others_missed())
+            interruption = stack.enter_context(Interruption())
+            lock = (
+                None
+                if self.path is None
+                else stack.enter_context(locked(self.path, work=EVALUATING, kept_for=PROTOCOL))
+            )
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(left_as_it_was(self.model, self.inputs.device))
+            stack.callback(self.display.stop)
             logits = self._first_logits()
-            ledger = Ledger(self.path, self.describe(logits))
-            try:
-                self._open(ledger)
-                raised = self._probed(ledger)
-                if not ledger.finished:
-                    randomised = any(flag.name == "randomised" for flag in raised)
-                    self._units(ledger, classes=logits.shape[1], randomised=randomised)
-                return self._result(ledger, raised)
-            finally:
-                self.display.stop()
-                ledger.close()
+            ledger = Ledger(self.path, self.describe(logits), lock)
+            self._open(ledger)
+            raised = self._probed(ledger)
+            if not ledger.finished:
+                randomised = any(flag.name == "randomised" for flag in raised)
+                with interruption.finishing("this pass"):
+                    self._units(ledger, interruption, classes=logits.shape[1], randomised=randomised)
+            return self._result(ledger, raised)
 
     def _open(self, ledger: Ledger) -> None:
         """Rank 0 first: the others look when the folder is made."""
-        if distributed.rank() == 0:
-            ledger.open(writes=True)
-        distributed.barrier()
+        with distributed.refused_together():
+            if distributed.rank() == 0:
+                ledger.open(writes=True)
         if distributed.rank() != 0:
             ledger.open(writes=False)
         if ledger.finished:
@@ -198,11 +208,21 @@ class Plan:
         raised = probes.probe(self.model, x, y, self.threat, key=key, index=index)
         distributed.barrier()
         if file is not None and distributed.rank() == 0:
+            ledger.check()
             write_json(file, {"flags": [flags.as_dict(flag) for flag in raised]})
         return raised
 
-    def _units(self, ledger: Ledger, *, classes: int, randomised: bool) -> None:
-        """Every unit of this process that is not yet done."""
+    def _units(self, ledger: Ledger, interruption: Interruption, *, classes: int, randomised: bool) -> None:
+        """Work on every unit of this process that is not yet done.
+
+        Raises:
+            Stopped: it was asked to; finished units are kept.
+        """
+
+        def pause() -> None:
+            if interruption.asked:
+                raise Stopped(number=interruption.number)
+
         own = range(distributed.rank(), self._count, distributed.world_size())
         todo = [number for number in own if not ledger.has(number, examples=self.save_examples)]
         for damage in ledger.damaged:
@@ -222,13 +242,14 @@ class Plan:
             started = time.monotonic()
             unit = self._unit(number, deciding)
             for place in range(len(self.protocol.attacks)):
-                self._attack(unit, place, deciding, searching, estimate)
+                self._attack(unit, place, deciding, searching, estimate, pause)
             seconds = (time.monotonic() - started) / len(unit.y)
             rows = rows_of(unit, self.protocol.attacks, seconds, deciding, self.threat.epsilon)
             examples = {"x": unit.x, "x_adv": unit.example, "y": unit.y, "index": unit.index}
             ledger.write(number, rows, examples if self.save_examples else None)
             estimate.done_images += len(unit.y)
             self.display.advance(len(unit.y))
+            pause()
 
     def _slice(self, number: int) -> slice:
         return slice(number * self.unit, (number + 1) * self.unit)
@@ -245,8 +266,16 @@ class Plan:
             unit.carry(before, examples["x_adv"].to(x.device), self.carried.summary["epsilon"])
         return unit
 
-    def _attack(self, unit: Unit, place: int, deciding: Deciding, searching: Searching, estimate: Estimate) -> None:
-        """One attack on one unit."""
+    def _attack(
+        self,
+        unit: Unit,
+        place: int,
+        deciding: Deciding,
+        searching: Searching,
+        estimate: Estimate,
+        pause: Callable[[], None],
+    ) -> None:
+        """Run one attack on one unit."""
         if place == 0:
             estimate.unit(len(unit.y), int(unit.robust.sum()))
         rules = Rules(
@@ -264,7 +293,7 @@ class Plan:
             estimate.attack(place, int(unit.robust.sum()), jobs_left, jobs)
             self.display.note(attack.name, estimate.seconds_left)
 
-        pursuit.run(tell)
+        pursuit.run(tell, pause)
 
     def _result(self, ledger: Ledger, raised: Sequence[flags.Flag]) -> Result:
         """Merge what all processes found, and write the summary."""
@@ -288,10 +317,12 @@ class Plan:
         summary = {**summary, "about": protocol["about"], "notes": protocol["notes"]}
         log = results.log(summary, protocol) + "".join(f"note: {note}\n" for note in protocol["notes"])
         if ledger.path is not None and distributed.rank() == 0:
+            ledger.check()
             write_json(ledger.path / "flags.json", {"flags": told})
             write_json(ledger.path / "summary.json", summary)
             write_text(ledger.path / "images.csv", results.images_csv(rows))
             write_text(ledger.path / "log.txt", log)
+            ledger.check()
         return Result(summary, rows, every, ledger.path, log, ledger)
 
 
@@ -334,7 +365,9 @@ def evaluate(
     Units:
         Pixels in [0, 1].
     Raises:
-        HoldfastError: images, labels or settings cannot be used, or the folder holds another evaluation.
+        HoldfastError: images, labels or settings cannot be used, the folder holds another evaluation, or another
+            process writes to it.
+        Stopped: Ctrl-C, SIGTERM or SIGHUP, after the current pass; finished units are kept in `out`.
 
     Example:
         >>> from holdfast.threat import Linf

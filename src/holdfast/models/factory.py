@@ -12,7 +12,7 @@ from torch import nn
 
 from holdfast.errors import HoldfastError
 from holdfast.models.classifier import require_at_least
-from holdfast.models.own_file import own_function
+from holdfast.models.own_file import OwnCode, names_code
 from holdfast.models.preact_resnet import PreActResNet18
 from holdfast.models.resnet import ResNet18
 from holdfast.models.small_cnn import SmallCNN
@@ -32,7 +32,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(
-    name: str,
+    name: str | OwnCode,
     *,
     num_classes: int,
     channels: int = 3,
@@ -48,7 +48,8 @@ def build(
     given ones of mean and std, and the options that its signature has.
 
     Args:
-        name: A key of `holdfast.models.table.MODELS`, in any case, with - or _; or `path/to/file.py:function`.
+        name: A key of `holdfast.models.table.MODELS`, in any case, with - or _; or `path/to/file.py:function`, which
+            is executed because you name it; or code that a configuration names, which is executed where it is trusted.
         num_classes: K, at least 2.
         channels: C.
         image_size: (H, W).
@@ -74,8 +75,8 @@ def build(
     given: dict[str, Any] = {"num_classes": num_classes, "channels": channels, "image_size": (height, width)}
     statistics = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
     extra = {**statistics, **options}
-    if ":" in name or name.endswith(".py"):
-        return _build_from_file(name, given, extra)
+    if isinstance(name, OwnCode) or names_code(name):
+        return _build_from_file(name if isinstance(name, OwnCode) else OwnCode.named(name), given, extra)
     key = name.strip().lower().replace("-", "_")
     if key not in _BUILDERS:
         nearest = difflib.get_close_matches(key, MODELS, n=3) or list(MODELS)
@@ -86,7 +87,7 @@ def build(
     return builder(**_arguments(builder, key, given, extra))
 
 
-def accepted(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def accepted(name: str | OwnCode, options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the options that a network takes. A function of the user's own may do without what is only offered.
 
     Args:
@@ -95,9 +96,9 @@ def accepted(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         HoldfastError: the file or its function is unknown.
     """
-    if ":" not in name and not name.endswith(".py"):
+    if not (isinstance(name, OwnCode) or names_code(name)):
         return dict(options)
-    with own_function(name) as function:
+    with (name if isinstance(name, OwnCode) else OwnCode.named(name)).running() as function:
         parameters = inspect.signature(function).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {key: value for key, value in options.items() if open_ended or key in parameters}
@@ -131,8 +132,9 @@ def _arguments(
     return arguments
 
 
-def _build_from_file(name: str, given: Mapping[str, Any], extra: Mapping[str, Any]) -> nn.Module:
-    with own_function(name) as function:
+def _build_from_file(code: OwnCode, given: Mapping[str, Any], extra: Mapping[str, Any]) -> nn.Module:
+    name = f"{code.path}:{code.function}"
+    with code.running() as function:
         arguments = _arguments(function, name, given, extra)
         parameters = inspect.signature(function).parameters.values()
         optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

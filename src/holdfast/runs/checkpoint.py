@@ -55,11 +55,12 @@ def save_checkpoint(
     write_whole(path, write, hashed=True)
     bad = [old for old in damaged if old != path]
     good = [old for old in checkpoints(run) if old not in bad]
-    for old in (*bad, *good[:-keep]):
-        remove_hashed(old)
-    for left in (*path.parent.glob(".step-*.part"), *path.parent.glob("step-*.pt.sha256")):  # by a kill
-        if left.suffix == ".part" or not left.with_suffix("").exists():
-            left.unlink(missing_ok=True)
+    with full_disk_told(path):
+        for old in (*bad, *good[:-keep]):
+            remove_hashed(old)
+        for record in path.parent.glob("step-*.pt.sha256"):  # of a checkpoint that a killed process did not write
+            if not record.with_suffix("").exists():
+                record.unlink()
     return path
 
 

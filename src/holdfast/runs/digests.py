@@ -19,15 +19,19 @@ import hashlib
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from holdfast import distributed
-from holdfast.errors import Damaged
+from holdfast.errors import Damaged, HoldfastError
+from holdfast.parsing import through_json
+from holdfast.regular_files import open_regular, read_regular
 
 KEY = "sha256"
 HEAD = "# A run's configuration. Its last line is the SHA-256 of the text above it; `--config` does not check it."
+_RECORD_BYTES = 1 << 16
 _TAIL = re.compile(rb"^# sha256: ([0-9a-f]{64})\n?\Z", re.MULTILINE)
 _LINE = re.compile(rb"^([0-9a-f]{64})(?= [ *])", re.MULTILINE)
 
@@ -55,7 +59,7 @@ class Hashing:
 
 def of_file(path: Path) -> str:
     """Return the SHA-256 of a file without holding it in memory."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -70,10 +74,10 @@ def beside(path: Path) -> Path:
 def recorded(path: Path) -> tuple[str, ...] | None:
     """Return the digests that are recorded beside a file: none if that record is damaged, None if there is none."""
     try:
-        return tuple(digest.decode() for digest in _LINE.findall(beside(path).read_bytes()))
+        return tuple(digest.decode() for digest in _LINE.findall(read_regular(beside(path), most=_RECORD_BYTES)))
     except FileNotFoundError:
         return None
-    except OSError:
+    except HoldfastError:
         return ()
 
 
@@ -105,14 +109,17 @@ def require(path: Path, digest: str, *, advice: str, unchecked: Callable[[Path],
         )
 
 
-def checked_bytes(path: Path, *, advice: str, unchecked: Callable[[Path], None] | None = None) -> bytes:
-    """Read a file and refuse it if its digest is not the recorded one; see `require`.
+def checked_bytes(
+    path: Path, *, advice: str, unchecked: Callable[[Path], None] | None = None, most: int = sys.maxsize - 1
+) -> bytes:
+    """Read a file of at most `most` bytes and refuse it if its digest is not the recorded one; see `require`.
 
     Raises:
         Damaged: it is not as it was written.
-        OSError: it cannot be read.
+        HoldfastError: it cannot be read, or is longer.
+        FileNotFoundError: there is nothing of this name.
     """
-    data = path.read_bytes()
+    data = read_regular(path, most=most)
     require(path, hashlib.sha256(data).hexdigest(), advice=advice, unchecked=unchecked)
     return data
 
@@ -135,7 +142,7 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
         >>> opened(sealed({"epsilon": 0.1}))
         ({'epsilon': 0.1}, True)
     """
-    plain = json.loads(json.dumps(value))
+    plain = through_json(value)
     if KEY in plain:
         raise ValueError(f"{KEY!r} is the key of the object's own digest")
     return {**plain, KEY: _of_value(plain)}

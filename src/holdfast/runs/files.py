@@ -6,17 +6,19 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import Damaged, HoldfastError
+from holdfast.parsing import JSON_BYTES, parse_json
+from holdfast.regular_files import read_regular
 from holdfast.runs import digests
 
 
 @contextmanager
 def full_disk_told(path: Path) -> Iterator[None]:
-    """Turn 'no space', 'too large' and 'not permitted' into one line that says what to do."""
+    """Turn 'no space', 'too large', 'not permitted' and other errors of a disk into one line that says what to do."""
     try:
         yield
     except OSError as error:
@@ -27,7 +29,9 @@ def full_disk_told(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise HoldfastError(f"{path} cannot be written ({error.strerror}): choose another --out") from error
-        raise
+        raise HoldfastError(
+            f"{path} cannot be written ({error.strerror or error}): look after the disk, or choose another --out"
+        ) from error
 
 
 def write_whole(path: Path, write: Callable[[Any], object], *, hashed: bool = False) -> None:
@@ -58,7 +62,16 @@ def write_whole(path: Path, write: Callable[[Any], object], *, hashed: bool = Fa
             finally:
                 os.close(folder)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # what stopped the write may stop this too, and is the error to be told
+            part.unlink()
+
+
+def remove_halves(*folders: Path) -> None:
+    """Remove what killed writers have left of files that they did not finish. Only for who holds the folder's lock."""
+    for folder in folders:
+        for half in folder.glob(".*.part"):
+            with suppress(OSError):
+                half.unlink()
 
 
 @contextmanager
@@ -107,13 +120,9 @@ def read_json(path: Path, *, advice: str = "restore it, or make it anew") -> dic
         HoldfastError: the file is missing or damaged (`Damaged`).
     """
     try:
-        value = json.loads(path.read_bytes().decode())
+        value = parse_json(read_regular(path, most=JSON_BYTES), str(path), advice=advice)
     except FileNotFoundError:
         raise HoldfastError(f"{path} is missing: is {path.parent} a folder that holdfast wrote?") from None
-    except OSError as error:
-        raise Damaged(f"{path} cannot be read ({error.strerror})", advice) from None
-    except ValueError:
-        raise Damaged(f"{path} is damaged: it holds no JSON", advice) from None
     if not isinstance(value, dict):
         raise Damaged(f"{path} is damaged: it holds no JSON object", advice)
     plain, right = digests.opened(value)

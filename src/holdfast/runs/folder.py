@@ -12,9 +12,13 @@ import yaml
 
 from holdfast import distributed
 from holdfast.errors import Damaged, HoldfastError
+from holdfast.parsing import JSON_BYTES, LINES_BYTES, YAML_BYTES, parse_json, parse_json_lines, parse_yaml, through_json
+from holdfast.regular_files import read_regular
 from holdfast.runs import digests
 from holdfast.runs.checkpoint import FOLDER, latest_checkpoint, newest_whole
-from holdfast.runs.files import full_disk_told, read_json, write_json, write_text, write_whole
+from holdfast.runs.files import full_disk_told, read_json, remove_halves, write_json, write_text, write_whole
+from holdfast.runs.lock import LOCK, FolderLock
+from holdfast.runs.own_code import with_copies_named
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "environment.json", "metrics.jsonl", "summary.json"
 
@@ -30,17 +34,12 @@ def read_config(path: Path, *, check: bool = False) -> dict[str, Any]:
         HoldfastError: missing, not YAML, no mapping, or (`Damaged`) not as it was written.
     """
     try:
-        text = path.read_bytes()
-        if check and not digests.unchanged(text):
-            raise Damaged(f"{path} was changed or damaged after it was written", _mended(path.parent))
-        config = yaml.safe_load(text.decode())
+        content = read_regular(path, most=YAML_BYTES)
     except FileNotFoundError:
         raise HoldfastError(f"{path} is missing: give the config.yaml of a run") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise HoldfastError(f"{path} is no YAML ({reason}): mend it, or copy the config.yaml of a run") from None
-    except OSError as error:
-        raise HoldfastError(f"{path} cannot be read ({error.strerror}): give the config.yaml of a run") from None
+    if check and not digests.unchanged(content):
+        raise Damaged(f"{path} was changed or damaged after it was written", _mended(path.parent))
+    config = parse_yaml(content, str(path), advice="mend it, or copy the config.yaml of a run")
     if not isinstance(config, dict):
         raise HoldfastError(f"{path} is no configuration: it must be a mapping, as in the config.yaml of a run")
     return config
@@ -64,21 +63,32 @@ def run_config(run: Path) -> dict[str, Any] | None:
     if (run / CONFIG).exists():
         return read_config(run / CONFIG, check=True)
     found = newest_whole(run, lambda state: None)
-    return json.loads(found.state["config"]) if found is not None and "config" in found.state else None
+    if found is None or "config" not in found.state:
+        return None
+    return parse_json(found.state["config"], f"the configuration in {found.path}")
 
 
 class RunFolder:
-    """A run's folder on disk. Only rank 0 writes to it.
+    """A run's folder on disk. Only rank 0 writes to it, and only while it is the folder that `lock` holds.
 
     Args:
         path: Where.
         writes: Whether this process writes.
         say: Gets what is to be told of damage that stops nothing.
+        lock: The lock on the folder, where `fit` holds it.
     """
 
-    def __init__(self, path: Path, *, writes: bool = True, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        writes: bool = True,
+        say: Callable[[str], None] = lambda text: None,
+        lock: FolderLock | None = None,
+    ) -> None:
         self.path = path
         self.writes = writes
+        self.lock = lock
         self.say = say
         self.lines: list[str] = []  # of metrics.jsonl, as far as they are certain: a checkpoint takes them along
 
@@ -91,6 +101,7 @@ class RunFolder:
         resume: bool,
         writes: bool = True,
         say: Callable[[str], None] = lambda text: None,
+        lock: FolderLock | None = None,
     ) -> RunFolder:
         """Make the folder, or take up one that holds the same run. All processes look before the one that writes does.
 
@@ -100,33 +111,48 @@ class RunFolder:
             resume: Go on in a folder that exists.
             writes: Whether this process writes.
             say: Gets what is to be told of damage that stops nothing.
+            lock: The lock on the folder, where `fit` holds it.
 
         Raises:
             HoldfastError: the folder is in use and `resume` is not set, or it holds another run.
         """
-        folder = cls(path, writes=writes, say=say)
+        folder = cls(path, writes=writes, say=say, lock=lock)
         if path.exists() and not path.is_dir():
             raise HoldfastError(f"{path} is a file: choose another --out")
         before = run_config(path) if resume else None
         if (path / CONFIG).exists() and not resume:
             raise HoldfastError(f"{path} already holds a run: add --resume to go on with it, or choose another --out")
         if before is not None:
-            different = difference(before, json.loads(json.dumps(config)))
+            different = difference(with_copies_named(before), through_json(config))
             if different:
                 raise HoldfastError(
                     f"{path} holds another run, its {different}: --resume repeats the run's own configuration;"
                     " choose another --out, or start from its weights with --init"
                 )
-        elif path.is_dir() and any(file.suffix != ".part" for file in path.iterdir()):
+        elif path.is_dir() and any(file.suffix != ".part" and file.name != LOCK for file in path.iterdir()):
             raise HoldfastError(f"{path} is not empty and holds no run: choose another --out")
         distributed.barrier()
-        if writes and not (path / CONFIG).exists():
-            if before is not None:
-                say(f"{path / CONFIG} is missing: it is written anew from the checkpoint")
-            with full_disk_told(path):
-                path.mkdir(parents=True, exist_ok=True)
-            write_text(path / CONFIG, digests.signed(yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)))
+        with distributed.refused_together():
+            if writes:
+                remove_halves(path, path / FOLDER, path / "model", path / "last")
+            if writes and not (path / CONFIG).exists():
+                if before is not None:
+                    say(f"{path / CONFIG} is missing: it is written anew from the checkpoint")
+                with full_disk_told(path):
+                    path.mkdir(parents=True, exist_ok=True)
+                text = yaml.safe_dump(through_json(config), sort_keys=False)
+                write_text(path / CONFIG, digests.signed(text))
+            folder.check()
         return folder
+
+    def check(self) -> None:
+        """Look whether the folder is still there. Every writer asks before it writes.
+
+        Raises:
+            HoldfastError: it was deleted, moved or replaced.
+        """
+        if self.lock is not None:
+            self.lock.check()
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Keep the environment of the run's beginning; that of every resumption is added to it.
@@ -136,6 +162,7 @@ class RunFolder:
         path = self.path / ENVIRONMENT
         if not self.writes:
             return
+        self.check()
         if not path.exists():
             write_json(path, dict(environment))
             return
@@ -150,6 +177,7 @@ class RunFolder:
         """Add an epoch's line."""
         text = json.dumps(line) + "\n"
         if self.writes:
+            self.check()
             path = self.path / METRICS
             with full_disk_told(path), path.open("a") as file:
                 file.write(text)
@@ -190,10 +218,8 @@ class RunFolder:
         """
         path = self.path / METRICS
         advice = f"`holdfast train --resume --out {self.path}` writes it anew from the checkpoint"
-        try:
-            lines = [json.loads(line) for line in path.read_bytes().decode().splitlines()] if path.exists() else []
-        except ValueError:
-            raise Damaged(f"{path} is damaged", advice) from None
+        content = read_regular(path, most=LINES_BYTES) if path.exists() else b""
+        lines = parse_json_lines(content, str(path), advice=advice)
         if not all(isinstance(line, dict) for line in lines):
             raise Damaged(f"{path} is damaged", advice)
         return lines
@@ -201,6 +227,7 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary; the run is then finished."""
         if self.writes:
+            self.check()
             write_json(self.path / SUMMARY, dict(summary))
 
     def summary(self) -> dict[str, Any] | None:
@@ -239,8 +266,8 @@ class RunFolder:
 def _require_lines(path: Path, lines: Sequence[str], count: int) -> None:
     """Refuse damaged lines of a run's past, where nothing but the file itself holds them."""
     try:
-        whole = all(isinstance(json.loads(line), dict) for line in lines)
-    except ValueError:
+        whole = all(isinstance(parse_json(line, str(path)), dict) for line in lines)
+    except HoldfastError:
         whole = False
     if not whole or len(lines) < count:
         raise Damaged(
@@ -252,9 +279,9 @@ def _require_lines(path: Path, lines: Sequence[str], count: int) -> None:
 def _resumptions(path: Path) -> list[Any]:
     """What can be read of the resumptions in a damaged environment.json."""
     try:
-        found = json.loads(path.read_bytes())["resumed"]
+        found = parse_json(read_regular(path, most=JSON_BYTES), str(path))["resumed"]
         return found if isinstance(found, list) else []
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, HoldfastError, LookupError, TypeError):
         return []
 
 

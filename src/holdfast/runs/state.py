@@ -13,6 +13,7 @@ from torch import Tensor
 
 from holdfast import distributed
 from holdfast.errors import HoldfastError
+from holdfast.parsing import parse_json, through_json
 from holdfast.runs.folder import difference
 
 if TYPE_CHECKING:
@@ -72,11 +73,12 @@ def epoch_state(loop: Loop) -> dict[str, Any]:
         "measured": dict(loop.measured),
         "best": loop.best,
         "stopped": loop.stopped,
+        "averaged": loop.averaged,
         "seconds": loop.seconds,
         "epoch_began": loop.epoch_began,
         "seed": loop.setup.seed,
         "config": json.dumps(loop.setup.config),
-        "code": dict(loop.setup.code),
+        "code": loop.setup.code_digests,
         "data": dict(loop.setup.data_digests),
         "metrics": list(loop.folder.lines),
         "step": loop.module.state_dict(),
@@ -140,8 +142,8 @@ def _ranks(value: Any) -> bool:
 
 def _json_object(value: Any) -> bool:
     try:
-        return isinstance(json.loads(value), dict)
-    except (TypeError, ValueError):
+        return isinstance(value, str) and isinstance(parse_json(value, "it"), dict)
+    except HoldfastError:
         return False
 
 
@@ -178,10 +180,12 @@ def refuse_another_run(setup: Setup, state: Mapping[str, Any], run: Path) -> Non
     if state.get("seed", setup.seed) != setup.seed:
         raise HoldfastError(f"{run} was begun with seed {state['seed']}, not {setup.seed}: {advice}")
     if "config" in state:
-        different = difference(json.loads(state["config"]), json.loads(json.dumps(setup.config)))
+        different = difference(
+            parse_json(state["config"], "the checkpoint's configuration"), through_json(setup.config)
+        )
         if different:
             raise HoldfastError(f"{run} was begun with another configuration, its {different}: {advice}")
-    for what, now in (("code", setup.code), ("data", setup.data_digests)):
+    for what, now in (("code", setup.code_digests), ("data", setup.data_digests)):
         before = state.get(what, now)
         for name in {**before, **now}:
             if before.get(name) != now.get(name):
@@ -234,6 +238,7 @@ def _restore(loop: Loop, state: dict[str, Any], local: dict[str, Any]) -> None:
     if "guard" in local:
         loop.guard.load_state_dict(local["guard"])
     loop.stopped = state.get("stopped", False)
+    loop.averaged = state.get("averaged", False)
     loop.sums = {name: list(pair) for name, pair in local["sums"].items()}
     loop.epoch, loop.position, loop.lines = state["epoch"], state["position"], state["lines"]
     loop.measured, loop.best, loop.seconds = dict(state["measured"]), state["best"], state["seconds"]
