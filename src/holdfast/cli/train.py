@@ -78,7 +78,7 @@ def _train(asked: Namespace, rest: Sequence[str]) -> int:
     folder = Path(asked.out) if asked.out else None
     if asked.resume and folder is None:
         raise HoldfastError("--resume needs the run folder: add --out DIR")
-    if folder is not None and os.environ.get("RANK", "0") == "0":
+    if folder is not None and int(os.environ.get("WORLD_SIZE", "1")) < 2:  # several processes refuse together, in `fit`
         from holdfast.runs.lock import TRAINING, refuse_if_held
 
         refuse_if_held(folder, work=TRAINING)  # before data is read; `fit` takes the lock
