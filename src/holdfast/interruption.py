@@ -19,8 +19,8 @@ COPIES = 0.25
 """Seconds in which signals count as one: `timeout`, for example, sends its signal to the child and to its group."""
 LAUNCHED_COPIES = 2.0
 """The same under torchrun, which passes on what a batch system has already sent to every process."""
-GRACE = 5.0
-"""Seconds that a process has to clean up after a second signal."""
+GRACE = 2.0
+"""Seconds that a process has to clean up after a signal that ends it at once."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -114,7 +114,10 @@ class Interruption:
                 first = time.monotonic()
                 if self._what:
                     _announce(f"stopping after {self._what}; once more ends at once")
-            elif time.monotonic() - first >= self._copies and not self._ended.wait(GRACE):
+                    continue
+            elif time.monotonic() - first < self._copies:
+                continue
+            if not self._ended.wait(GRACE):
                 _end_process(number)
 
     def __enter__(self) -> Interruption:

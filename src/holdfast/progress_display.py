@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +50,7 @@ class LiveDisplay(Display):
     """A live line on a terminal, plain lines in a log; always on standard error."""
 
     def __init__(self) -> None:
-        self.console = Console(file=Lasting(), highlight=False, soft_wrap=True)  # type: ignore[arg-type]  # enough of one
+        self.console = Console(file=Lasting(sys.stderr), highlight=False, soft_wrap=True)  # type: ignore[arg-type]  # text
         self.live: Progress | None = None
         self.task: Any = None
         self.images_per_step = 0

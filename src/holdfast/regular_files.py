@@ -11,7 +11,7 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from holdfast.errors import HoldfastError
 
@@ -47,7 +47,7 @@ def require_regular(path: Path) -> int:
     return found.st_size
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> IO[bytes]:
     """Open a regular file for reading bytes; never waits.
 
     Raises:

@@ -202,7 +202,7 @@ def no_bytes():
 @pytest.mark.parametrize(
     ("test", "message"),
     [
-        (make_table(TEST, [1, 0], image="picture"), r"no column img or image \(columns of use: label\): rename"),
+        (make_table(TEST, [1, 0], image="picture"), r"no column img or image \(its columns: picture, label\): rename"),
         (make_table(TEST, [1, 0], label="class"), "no column label or fine_label or labels"),
         (no_bytes(), "column image has no bytes at row 1: embed the images"),
         (
@@ -214,7 +214,7 @@ def no_bytes():
         (make_table(TEST, [1, 2]), "test label 2 at index 1 is outside 0 to 1"),
         (
             make_table(TEST, [1, 0], struct=False).set_column(0, "image", pa.array([png(TEST[0]), b"none"])),
-            "row 1 cannot be read .not an image that Pillow knows",
+            "row 1 cannot be read .not an image in one of the formats",
         ),
     ],
 )

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from holdfast.errors import HoldfastError
 from holdfast.models.trust import ANY
 
+MAX_DATA_HELP = "memory that decoded data may take, in GiB (16, or 3/4 of the machine's)"
+
 WHOLE_PARTS = ("--augmentation", "--mixing")
 """Options without a dot that name a whole part: ``--mixing cutmix``."""
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdfast.cli.arguments import Parser, positive, print_json
+from holdfast.cli.arguments import MAX_DATA_HELP, Parser, positive, print_json
+from holdfast.data.limits import at_most
 from holdfast.errors import HoldfastError
 from holdfast.interruption import Stopped
 
@@ -34,6 +35,7 @@ def parser() -> Parser:
     known.add_argument("--weights", metavar="FILE", help="weights for file.py:function (.safetensors, .pt, .pth)")
     known.add_argument("--data", metavar="SOURCE", help="other images than the run's test set")
     known.add_argument("--image-size", type=positive, metavar="N", help="resize images of a folder or Parquet to NxN")
+    known.add_argument("--max-data-gib", type=float, metavar="N", help=MAX_DATA_HELP)
     known.add_argument(
         "--n",
         "--images",
@@ -74,6 +76,12 @@ def parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     """Evaluate, write the ledger and the summary, print it."""
     asked = parser().read(argv)
+    with at_most(asked.max_data_gib):
+        return _evaluate(asked)
+
+
+def _evaluate(asked: Namespace) -> int:
+    """Evaluate as asked."""
     from holdfast import distributed
     from holdfast.models.trust import trusting
 

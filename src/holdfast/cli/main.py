@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -11,7 +13,7 @@ from holdfast import __version__
 from holdfast.cli.table import COMMANDS
 from holdfast.errors import HoldfastError, unknown_name
 from holdfast.interruption import Interruption
-from holdfast.streams import silence, tell
+from holdfast.streams import replace_missing, silence, tell
 
 _MODULES = {"list": "listing"}
 
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    replace_missing()
     try:
         with Interruption():  # a first signal ends at once, but for what `fit` and `evaluate` finish
             code = _run(arguments)
@@ -45,12 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HoldfastError as error:
         return _refuse(str(error))
     except KeyboardInterrupt as stopped:
-        tell(f"holdfast: {stopped}" if str(stopped) else "holdfast: stopped")
+        if os.environ.get("RANK", "0") == "0":  # under torchrun all processes stop together, and one speaks
+            tell(f"holdfast: {stopped}" if str(stopped) else "holdfast: stopped")
         return 128 + getattr(stopped, "number", signal.SIGINT)
     except BrokenPipeError:
         silence(sys.stdout)
         return 0
     except (MemoryError, OSError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            where = error.filename or "standard output"
+            return _refuse(f"no space left to write {where}: free some and give the same command again")
         return _refuse(f"{type(error).__name__}: {error}")
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):

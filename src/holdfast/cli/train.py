@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.cli.arguments import Parser, positive, print_json
+from holdfast.cli.arguments import MAX_DATA_HELP, Parser, positive, print_json
 from holdfast.cli.table import RECIPES
+from holdfast.data.limits import at_most
 from holdfast.errors import HoldfastError
 
 _EXAMPLES = """examples:
@@ -40,6 +41,7 @@ def parser() -> Parser:
     known.add_argument("--seed", type=int, metavar="N", help="of weights, order, augmentation and attacks (0)")
     known.add_argument("--precision", metavar="P", help="auto, bf16, fp32 or fp64 (auto)")
     known.add_argument("--image-size", type=positive, metavar="N", help="resize images of a folder or Parquet to NxN")
+    known.add_argument("--max-data-gib", type=float, metavar="N", help=MAX_DATA_HELP)
     known.add_argument("--validate-every", type=positive, metavar="N", help="epochs between validations (1)")
     known.add_argument("--warmup", type=float, metavar="SHARE", help="share of the run on clean images first")
     known.add_argument("--label-smoothing", type=float, metavar="S", help="share of the label given to other classes")
@@ -63,6 +65,12 @@ def run(argv: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         return explain(options, argv)
     asked, rest = options.read_known(argv)
+    with at_most(asked.max_data_gib):
+        return _train(asked, rest)
+
+
+def _train(asked: Namespace, rest: Sequence[str]) -> int:
+    """Train as asked."""
     if asked.epsilon is not None:
         from holdfast.threat import parse_epsilon
 
@@ -70,7 +78,7 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(asked.out) if asked.out else None
     if asked.resume and folder is None:
         raise HoldfastError("--resume needs the run folder: add --out DIR")
-    if folder is not None and os.environ.get("RANK", "0") == "0":
+    if folder is not None and int(os.environ.get("WORLD_SIZE", "1")) < 2:  # several processes refuse together, in `fit`
         from holdfast.runs.lock import TRAINING, refuse_if_held
 
         refuse_if_held(folder, work=TRAINING)  # before data is read; `fit` takes the lock

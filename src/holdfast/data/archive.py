@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -71,7 +71,7 @@ class ArrayArchive:
 
 
 @contextmanager
-def open_archive(source: Path | BinaryIO, where: str, room: Room) -> Iterator[ArrayArchive]:
+def open_archive(source: Path | IO[bytes], where: str, room: Room) -> Iterator[ArrayArchive]:
     """Open an archive for reading.
 
     Args:
@@ -94,7 +94,7 @@ def open_archive(source: Path | BinaryIO, where: str, room: Room) -> Iterator[Ar
 class _Cautious(io.BufferedIOBase):
     """A file that refuses to read very much at once: a zip archive's list of members is read whole."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -118,7 +118,7 @@ class _Cautious(io.BufferedIOBase):
         return True
 
 
-def _header(stream: io.BufferedIOBase | BinaryIO, where: str) -> tuple[np.dtype, bool, tuple[int, ...], int]:
+def _header(stream: io.BufferedIOBase | IO[bytes], where: str) -> tuple[np.dtype, bool, tuple[int, ...], int]:
     """Return dtype, order and shape, and how many bytes said so. Nothing of the text is evaluated."""
     magic = stream.read(8)
     if len(magic) < 8 or magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2, 3):

@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
@@ -117,7 +117,7 @@ def _is_tar(path: Path) -> bool:
     return True
 
 
-def _unpacked(file: BinaryIO) -> io.BufferedIOBase | BinaryIO:
+def _unpacked(file: IO[bytes]) -> io.BufferedIOBase | IO[bytes]:
     """The content of a file that may be packed with gzip."""
     is_packed = file.read(2) == b"\x1f\x8b"
     file.seek(0)
@@ -134,7 +134,7 @@ def _archive_files(path: Path) -> Files:
     return {name: (lambda content=content: content) for name, content in contents.items()}
 
 
-def _members(path: Path, stream: io.BufferedIOBase | BinaryIO) -> Iterator[tuple[str, bytes]]:
+def _members(path: Path, stream: io.BufferedIOBase | IO[bytes]) -> Iterator[tuple[str, bytes]]:
     """Go through a tar archive once, forwards. Long names and attributes, which are members too, are passed over."""
     left = _LARGEST_ARCHIVE
     for _ in range(_MEMBERS):
@@ -151,7 +151,7 @@ def _members(path: Path, stream: io.BufferedIOBase | BinaryIO) -> Iterator[tuple
             raise HoldfastError(f"{path}: {name} has {member.size} bytes, more than any of CIFAR's files")
         padded = -(-member.size // _BLOCK) * _BLOCK
         left -= _BLOCK + padded
-        if padded < 0 or left < 0:
+        if member.size < 0 or left < 0:
             raise HoldfastError(
                 f"{path} holds more than {readable_size(_LARGEST_ARCHIVE)}, which CIFAR does not: give it as published"
             )
@@ -165,7 +165,7 @@ def _members(path: Path, stream: io.BufferedIOBase | BinaryIO) -> Iterator[tuple
     raise HoldfastError(f"{path} holds more than {_MEMBERS} files, which CIFAR does not: give it as published")
 
 
-def _pass_over(stream: io.BufferedIOBase | BinaryIO, count: int) -> None:
+def _pass_over(stream: io.BufferedIOBase | IO[bytes], count: int) -> None:
     """Read and forget, at most so many bytes."""
     while count > 0 and (part := stream.read(min(count, _PART))):
         count -= len(part)

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import io
 import os
-import struct
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from holdfast.data.limits import Room, most_for_one_image
 from holdfast.errors import HoldfastError
+from holdfast.regular_files import open_regular, readable_size, require_regular
 
 _GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N"})
 _ALPHA_MODES = frozenset({"LA", "PA", "RGBA", "RGBa", "La"})
 _ORIENTATION_TAG = 0x0112
 _CHUNK = 64  # images a task, so that the pool's own work does not show
 _LARGE = 128 * 128  # pixels; below, threads wait for the interpreter's lock longer than they decode (measured)
-# What Pillow raises on damaged files differs with the format.
-_DAMAGE = (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, Image.DecompressionBombError)
+_BAND = 1 << 20  # pixels converted at a time, so that a large image does not lie in memory three times
+_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+"""What is read; others are seldom images to learn from, and for one of them Pillow starts another program."""
+
+_COSTS = {"WEBP": 16, "JPEG2000": 24, "AVIF": 16}
+_COST, _COST_OF_CMYK = 8, 12
+"""Bytes of memory that decoding and converting a pixel takes at its peak (measured with Pillow 13)."""
 
 
 class Encoded(NamedTuple):
@@ -38,6 +47,7 @@ class _Header(NamedTuple):
     size: tuple[int, int]
     is_grey: bool
     has_alpha: bool
+    cost: int
 
 
 @dataclass(frozen=True)
@@ -48,30 +58,33 @@ class DecodePlan:
         size: Height and width of every decoded image.
         channels: 1 if all images are grey, else 3.
         resize: Whether images are brought to ``size``, which is square then.
-        in_threads: Whether decoding one image is long enough for threads to pay.
+        threads: How many images to decode at the same time; 1 where one is decoded so fast that threads do not pay.
         notes: What the user should be told.
     """
 
     size: tuple[int, int]
     channels: int
     resize: bool
-    in_threads: bool = False
+    threads: int = 1
     notes: tuple[str, ...] = ()
 
 
-def plan_decoding(items: Sequence[Encoded], image_size: int | None = None) -> DecodePlan:
+def plan_decoding(items: Sequence[Encoded], image_size: int | None = None, *, room: Room | None = None) -> DecodePlan:
     """Read the headers only and decide size and channels for all images together.
 
     Args:
         items: Every image of every split.
         image_size: Side of the square to resize to; None keeps the size, which must then be common to all.
+        room: What the data may take; None for the whole limit.
     Raises:
-        HoldfastError: No image, an unreadable header, or mixed sizes without ``image_size``.
+        HoldfastError: No image, an unreadable header, mixed sizes without ``image_size``, or more pixels than allowed.
     """
     if not items:
         raise HoldfastError("there are no images: add some")
     check_image_size(image_size)
-    headers = [_header(item) for item in items]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # these sizes are looked at here
+        headers = [_header(item) for item in items]
     first = headers[0]
     notes = []
     if image_size is None:
@@ -93,8 +106,11 @@ def plan_decoding(items: Sequence[Encoded], image_size: int | None = None) -> De
     alpha = sum(header.has_alpha for header in headers)
     if alpha > 0:
         notes.append(f"{alpha} of {len(items)} images have transparency, which is dropped.")
+    channels = 1 if grey == len(items) else 3
+    (room or Room()).take(len(items) * size[0] * size[1] * channels, f"{len(items)} images of {_size_text(size)}")
     is_large = first.size[0] * first.size[1] >= _LARGE
-    return DecodePlan(size, 1 if grey == len(items) else 3, resize, is_large, tuple(notes))
+    at_once = max(1, most_for_one_image() // max(header.cost for header in headers))
+    return DecodePlan(size, channels, resize, min(_cores(), 16, at_once) if is_large else 1, tuple(notes))
 
 
 def decode_images(items: Sequence[Encoded], plan: DecodePlan) -> Tensor:
@@ -112,10 +128,10 @@ def decode_images(items: Sequence[Encoded], plan: DecodePlan) -> Tensor:
 
     def decode_range(positions: range) -> None:
         for position in positions:
-            arrays[position] = _decode(items[position], plan)
+            _decode(items[position], plan, arrays[position])
 
-    if plan.in_threads:
-        _in_threads(decode_range, len(items))
+    if plan.threads > 1:
+        _in_threads(decode_range, len(items), plan.threads)
     else:
         decode_range(range(len(items)))
     return torch.from_numpy(arrays)
@@ -132,6 +148,9 @@ def resize_pixels(pixels: Tensor, image_size: int) -> Tensor:
     check_image_size(image_size)
     arrays = pixels.cpu().numpy()
     is_grey = arrays.shape[3] == 1
+    room = Room()
+    room.take(arrays.nbytes, "the images")
+    room.take(len(arrays) * image_size * image_size * arrays.shape[3], f"{len(arrays)} images of side {image_size}")
     result = np.empty((len(arrays), image_size, image_size, arrays.shape[3]), dtype=np.uint8)
     for position, array in enumerate(arrays):
         fitted = np.asarray(_fit_square(Image.fromarray(array[..., 0] if is_grey else array), image_size))
@@ -150,32 +169,65 @@ def check_image_size(image_size: int | None) -> None:
 
 
 def _header(item: Encoded) -> _Header:
+    with _opened(item) as image:
+        width, height = image.size
+        cost = width * height * (_COST_OF_CMYK if image.mode == "CMYK" else _COSTS.get(image.format or "", _COST))
+        if cost > most_for_one_image():
+            raise HoldfastError(
+                f"it has {_size_text((height, width))} pixels, which take {readable_size(cost)} to decode, and"
+                f" {readable_size(most_for_one_image())} are allowed for one image: make it smaller, or raise the limit"
+                " with --max-data-gib (or HOLDFAST_MAX_DATA_GIB), of which this is the 36th part"
+            )
+        has_alpha = image.mode in _ALPHA_MODES or "transparency" in image.info
+        if _has_orientation(image) and image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8):
+            width, height = height, width
+        return _Header((height, width), image.mode in _GREY_MODES, has_alpha, max(1, cost))
+
+
+def _decode(item: Encoded, plan: DecodePlan, into: np.ndarray) -> None:
+    with _opened(item) as opened:
+        image = ImageOps.exif_transpose(opened) if _has_orientation(opened) else opened
+        convert = _to_grey if plan.channels == 1 else _to_rgb
+        if plan.resize:
+            into[:] = np.asarray(_fit_square(convert(image), plan.size[0])).reshape(into.shape)
+            return
+        height, width = plan.size
+        rows = max(1, _BAND // width)
+        for top in range(0, height, rows):
+            band = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
+            into[top : top + rows] = np.asarray(convert(band)).reshape(-1, width, plan.channels)
+
+
+@contextmanager
+def _opened(item: Encoded) -> Iterator[Image.Image]:
+    """Open an image; whatever goes wrong until it is done with is told with its name."""
     try:
-        with _open(item) as image:
-            width, height = image.size
-            has_alpha = image.mode in _ALPHA_MODES or "transparency" in image.info
-            if _has_orientation(image) and image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8):
-                width, height = height, width
-            return _Header((height, width), image.mode in _GREY_MODES, has_alpha)
-    except _DAMAGE as error:
-        raise _unreadable(item, error) from error
+        if isinstance(item.source, Path) and require_regular(item.source) > most_for_one_image():
+            raise HoldfastError("the file is larger than any image of the allowed size: replace or remove it")
+        with open_regular(item.source) if isinstance(item.source, Path) else io.BytesIO(item.source) as file:
+            yield Image.open(file, formats=_known_formats())
+    except HoldfastError as error:
+        message = str(error)
+        is_told = isinstance(item.source, Path) and message.startswith(f"{item.source} ")
+        raise HoldfastError(message if is_told else f"{item.name}: {message}") from error
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise HoldfastError(f"{item.name}: it has more than {most} pixels: make it smaller, or remove it") from error
+    except UnidentifiedImageError as error:
+        raise HoldfastError(
+            f"{item.name} cannot be read (not an image in one of the formats {', '.join(_known_formats())}): replace or"
+            " remove it"
+        ) from error
+    except Exception as error:  # what Pillow raises on damaged files differs with the format, and is anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise HoldfastError(f"{item.name} cannot be read ({reason}): replace or remove it") from error
 
 
-def _decode(item: Encoded, plan: DecodePlan) -> np.ndarray:
-    try:
-        with _open(item) as image:
-            if _has_orientation(image):
-                image = ImageOps.exif_transpose(image)
-            image = _to_grey(image) if plan.channels == 1 else _to_rgb(image)
-            if plan.resize:
-                image = _fit_square(image, plan.size[0])
-            return np.asarray(image).reshape(*plan.size, plan.channels)
-    except _DAMAGE as error:
-        raise _unreadable(item, error) from error
-
-
-def _open(item: Encoded) -> Image.Image:
-    return Image.open(io.BytesIO(item.source) if isinstance(item.source, bytes) else item.source)
+@cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of the formats that this build of Pillow can open."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _has_orientation(image: Image.Image) -> bool:
@@ -183,21 +235,19 @@ def _has_orientation(image: Image.Image) -> bool:
     return image.format in ("JPEG", "MPO") and "exif" in image.info
 
 
-def _unreadable(item: Encoded, error: BaseException) -> HoldfastError:
-    if isinstance(error, HoldfastError):
-        return HoldfastError(f"{item.name}: {error}")
-    reason = "not an image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-    return HoldfastError(f"{item.name} cannot be read ({reason}): replace or remove it")
-
-
 def _to_grey(image: Image.Image) -> Image.Image:
     """Mode L. Pillow's own conversion clips 16-bit values where it should scale them."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
+    if not image.mode.startswith("I"):
+        return image if image.mode == "L" else image.convert("L")
+    values = np.asarray(image)
+    levels = np.empty(values.shape, dtype=np.uint8)
+    rows = max(1, _BAND // max(1, values.shape[1]))
+    for top in range(0, len(values), rows):
+        part = values[top : top + rows].astype(np.int64)
+        if part.min() < 0 or part.max() > 65535:
             raise HoldfastError("a grey image has values outside 0 to 65535: save it with 8 or 16 bits")
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8))
-    return image if image.mode == "L" else image.convert("L")
+        levels[top : top + rows] = np.rint(part / 257)
+    return Image.fromarray(levels)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -221,9 +271,9 @@ def _fit_square(image: Image.Image, side: int) -> Image.Image:
     return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
 
 
-def _in_threads(work: Callable[[range], None], count: int) -> None:
+def _in_threads(work: Callable[[range], None], count: int, threads: int) -> None:
     """Do ``work`` on ranges that cover 0 to ``count``; Pillow decodes without holding the interpreter's lock."""
-    with ThreadPoolExecutor(min(_cores(), 16)) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         tasks = [pool.submit(work, range(start, min(start + _CHUNK, count))) for start in range(0, count, _CHUNK)]
         try:
             for task in tasks:

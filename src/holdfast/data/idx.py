@@ -7,7 +7,7 @@ import math
 import os
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ def _array(file: Path, magic: int, dimensions: int, room: Room) -> Tensor:
         raise HoldfastError(f"{file} is not a whole gzip file ({error}): download it again") from error
 
 
-def _content(file: Path, packed: BinaryIO, magic: int, dimensions: int, room: Room) -> Tensor:
+def _content(file: Path, packed: IO[bytes], magic: int, dimensions: int, room: Room) -> Tensor:
     stream = io.BufferedReader(Gunzip(packed)) if file.suffix == ".gz" else packed
     header = stream.read(4 + 4 * dimensions)
     if len(header) < 4 + 4 * dimensions:

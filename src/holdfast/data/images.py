@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +94,7 @@ class Dataset:
         if len(self.classes) < 2:
             raise HoldfastError(f"{self.name}: {len(self.classes)} class found: a classifier needs at least two")
         if len(set(self.classes)) < len(self.classes):
-            twice = next(c for i, c in enumerate(self.classes) if c in self.classes[:i])
+            twice = next(name for name, count in Counter(self.classes).items() if count > 1)
             raise HoldfastError(f"{self.name}: class name {twice!r} occurs twice: give every class its own name")
         for split, images in (("training", self.train), ("test", self.test)):
             if len(images) == 0:
@@ -127,6 +128,10 @@ class Dataset:
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.classes)
+
+
+MOST_CLASSES = 100_000
+"""More names than these are refused: the largest public data sets have 22,000."""
 
 
 def numbered_classes(train: Tensor, test: Tensor | None = None) -> tuple[str, ...]:

@@ -131,7 +131,7 @@ class _InertUnpickler(pickle._Unpickler):
 
     def __init__(self, raw: bytes) -> None:
         super().__init__(io.BytesIO(raw), encoding="bytes")
-        self.dispatch = _Instructions(_NEEDED)
+        self.dispatch = _Instructions(_NEEDED)  # type: ignore[misc]  # each pickle is counted for itself
         self._may_copy = 2 * len(raw)
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:

@@ -39,7 +39,9 @@ def at_most(gib: float | None) -> Iterator[None]:
         ...     most_bytes()
         2147483648
     """
-    token = _asked.set(_asked.get() if gib is None else _checked(gib, "max_gib"))
+    token = _asked.set(
+        _asked.get() if gib is None else _checked(gib, "the limit of a data set (--max-data-gib, max_gib)")
+    )
     try:
         yield
     finally:
@@ -61,9 +63,9 @@ def most_bytes() -> int:
     return min(round(DEFAULT_GIB * _GIB), round(_SHARE_OF_MEMORY * memory))
 
 
-def most_pixels() -> int:
-    """Return how many pixels a single image may have: 64 million at 16 GiB, where decoding one takes 0.5 GiB."""
-    return most_bytes() // 256
+def most_for_one_image() -> int:
+    """Return how many bytes decoding a single image may take: 455 MiB at 16 GiB, enough for 60 million pixels."""
+    return most_bytes() // 36
 
 
 class Room:
@@ -110,5 +112,5 @@ def _checked(value: float | str, name: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not 0 < number <= 1e6:
-        raise HoldfastError(f"{name} is {value!r}: give a positive number of GiB")
+        raise HoldfastError(f"{name} is {value!r}: give a positive number of GiB, such as 16")
     return number

@@ -15,7 +15,7 @@ import os
 import zlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -32,7 +32,7 @@ _COMPLEX = 0x0800
 _LONGEST_HEADER = 4096  # bytes of lengths or of a name
 _MOST_ELEMENTS = 1000
 
-Stream = io.BufferedIOBase | BinaryIO
+Stream = io.BufferedIOBase | IO[bytes]
 
 
 def read_numeric(file: Path, wanted: Collection[str], room: Room) -> dict[str, np.ndarray]:
@@ -52,7 +52,7 @@ def read_numeric(file: Path, wanted: Collection[str], room: Room) -> dict[str, n
 
 
 class _Reader:
-    def __init__(self, file: Path, content: BinaryIO, room: Room) -> None:
+    def __init__(self, file: Path, content: IO[bytes], room: Room) -> None:
         self.file, self.content, self.room = file, content, room
         self.size = os.fstat(content.fileno()).st_size
         kinds = {b"\0\1IM": "<", b"\1\0MI": ">"}

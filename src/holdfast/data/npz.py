@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.data.archive import open_archive
-from holdfast.data.images import Dataset, Images, numbered_classes
+from holdfast.data.images import MOST_CLASSES, Dataset, Images, numbered_classes
 from holdfast.data.limits import Room
 from holdfast.data.split import hold_out_test
 from holdfast.errors import HoldfastError
@@ -167,4 +167,6 @@ def _class_names(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ...] |
         return None
     if names.ndim != 1 or names.dtype.kind not in "US":
         raise HoldfastError(f"{path}: classes is {names.dtype} of shape {names.shape}: store a flat array of strings")
+    if len(names) > MOST_CLASSES:
+        raise HoldfastError(f"{path}: classes has {len(names)} names, at most {MOST_CLASSES} are read: leave them out")
     return tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 
 from holdfast.data.cifar import CIFAR10_CLASSES
 from holdfast.data.cifar import SUGGESTED_EPSILON as CIFAR_EPSILON
+from holdfast.data.columns import Columns, read_columns
 from holdfast.data.decode import DecodePlan, Encoded, decode_images, plan_decoding
-from holdfast.data.images import Dataset, Images, numbered_classes
+from holdfast.data.images import MOST_CLASSES, Dataset, Images, numbered_classes
+from holdfast.data.limits import Room
 from holdfast.data.split import hold_out_test
 from holdfast.errors import HoldfastError
 from holdfast.parsing import JSON_BYTES, parse_json
@@ -49,27 +52,28 @@ def read(path: Path, *, image_size: int | None = None, seed: int = 0) -> Dataset
     """
     files = _split_files(path)
     notes: list[str] = []
-    train_table = _table(files["train"])
-    test_table = _test_table(files, notes)
-    train_items = _items(files["train"][0], train_table)
-    test_items = [] if test_table is None else _items(path, test_table)
-    plan = plan_decoding(train_items + test_items, image_size)
+    room = Room()
+    train_columns = _columns(files["train"], room)
+    test_columns = _test_columns(files, notes, room)
+    train_items = _items(files["train"][0], train_columns)
+    test_items = [] if test_columns is None else _items(path, test_columns)
+    plan = plan_decoding(train_items + test_items, image_size, room=room)
     notes.extend(plan.notes)
-    classes = _class_names(train_table)
-    train = Images(decode_images(train_items, plan), _labels(files["train"][0], train_table))
-    if test_table is None:
+    classes = _class_names(train_columns)
+    train = Images(decode_images(train_items, plan), _labels(files["train"][0], train_columns))
+    if test_columns is None:
         classes = classes or numbered_classes(train.labels)
         train, test, note = hold_out_test(train, seed)
         notes.append(note)
     else:
-        test = Images(decode_images(test_items, plan), _labels(path, test_table))
+        test = Images(decode_images(test_items, plan), _labels(path, test_columns))
         classes = classes or numbered_classes(train.labels, test.labels)
     return Dataset(
         name=path.resolve().name,
         train=train,
         test=test,
         classes=classes,
-        suggested_epsilon=CIFAR_EPSILON if _is_cifar(train_table, classes, plan) else None,
+        suggested_epsilon=CIFAR_EPSILON if _is_cifar(train_columns, classes, plan) else None,
         flip=plan.channels == 3,
         crop=True,
         notes=tuple(notes),
@@ -120,11 +124,15 @@ def _require_all_shards(files: list[Path]) -> None:
 def _saved_files(path: Path) -> SplitFiles:
     try:
         splits = _json_of(path / "dataset_dict.json")["splits"]
+        if not isinstance(splits, list) or any(Path(split).name != split for split in splits):
+            raise ValueError("dataset_dict.json does not list its splits")
         states = {split: _json_of(path / split / "state.json") for split in splits}
         files = {
             split: [path / split / Path(entry["filename"]).name for entry in state["_data_files"]]
             for split, state in states.items()
         }
+    except HoldfastError:
+        raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise HoldfastError(f"{path} is not a whole saved DatasetDict ({error}): save it again") from error
     if not files.get("train"):
@@ -136,102 +144,73 @@ def _json_of(file: Path) -> Any:
     return parse_json(read_regular(file, most=JSON_BYTES), str(file), advice="save it again")
 
 
-def _table(files: list[Path]) -> Any:
-    """All rows of a split: the image and label columns only, as one pyarrow table."""
-    try:
-        import pyarrow as pa
-        from pyarrow import ipc, parquet
-    except ImportError as error:
-        raise HoldfastError('reading Parquet needs pyarrow: pip install "holdfast[data]"') from error
-    tables = []
+def _columns(files: list[Path], room: Room) -> Columns:
+    """All rows of a split."""
+    parts: list[Columns] = []
     for file in files:
-        try:
-            if file.suffix == ".parquet":
-                with parquet.ParquetFile(file) as content:
-                    names = content.schema_arrow.names
-                    wanted = [name for name in (*_IMAGE_COLUMNS, *_LABEL_COLUMNS, "coarse_label") if name in names]
-                    tables.append(content.read(columns=wanted))
-            else:
-                with pa.memory_map(str(file)) as source:
-                    tables.append(ipc.open_stream(source).read_all())
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise HoldfastError(f"{file} cannot be read ({reason}): download it again") from error
-        if tables[-1].schema.names != tables[0].schema.names:
+        parts.append(read_columns(file, _IMAGE_COLUMNS, _LABEL_COLUMNS, room))
+        if parts[-1].table.schema.names != parts[0].table.schema.names:
             raise HoldfastError(f"{file} has other columns than {files[0].name}: take all shards from one data set")
-    table = pa.concat_tables(tables)
-    _column(files[0], table, _IMAGE_COLUMNS)
-    _column(files[0], table, _LABEL_COLUMNS)
-    return table
+    import pyarrow as pa
+
+    try:
+        return replace(parts[0], table=pa.concat_tables([part.table for part in parts]))
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise HoldfastError(f"the files of {files[0].parent} do not fit together ({reason}): take one set") from error
 
 
-def _test_table(files: SplitFiles, notes: list[str]) -> Any | None:
+def _test_columns(files: SplitFiles, notes: list[str], room: Room) -> Columns | None:
     for split in _TEST_NAMES:
         if split not in files:
             continue
-        table = _table(files[split])
-        labels = _labels(files[split][0], table)
+        columns = _columns(files[split], room)
+        labels = _labels(files[split][0], columns)
         if len(labels) > 0 and bool((labels == -1).all()):
             notes.append(f"Split {split} has no labels (all are -1) and is not used.")
             continue
         if split != "test":
             notes.append(f"Split {split} is used as the test split.")
-        return table
+        return columns
     return None
 
 
-def _column(file: Path, table: Any, names: tuple[str, ...]) -> str:
-    for name in names:
-        if name in table.schema.names:
-            return name
-    found = ", ".join(table.schema.names) or "none"
-    raise HoldfastError(f"{file} has no column {' or '.join(names)} (columns of use: {found}): rename the column")
-
-
-def _items(file: Path, table: Any) -> list[Encoded]:
+def _items(file: Path, columns: Columns) -> list[Encoded]:
     import pyarrow.types as types
 
-    name = _column(file, table, _IMAGE_COLUMNS)
-    column = table.column(name)
-    if types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+    column = columns.table.column(columns.image)
+    if types.is_struct(column.type):
         column = column.flatten()[column.type.get_field_index("bytes")]
-    if not (types.is_binary(column.type) or types.is_large_binary(column.type)):
-        raise HoldfastError(f"{file}: column {name} is {column.type}, encoded image bytes are expected: save those")
     contents = column.to_pylist()
     if column.null_count > 0:
         raise HoldfastError(
-            f"{file}: column {name} has no bytes at row {contents.index(None)}: embed the images in the files"
+            f"{file}: column {columns.image} has no bytes at row {contents.index(None)}: embed the images in the files"
         )
     return [Encoded(f"{file}: row {row}", content) for row, content in enumerate(contents)]
 
 
-def _labels(file: Path, table: Any) -> torch.Tensor:
-    import pyarrow.types as types
-
-    name = _column(file, table, _LABEL_COLUMNS)
-    column = table.column(name)
-    if not types.is_integer(column.type):
-        raise HoldfastError(f"{file}: column {name} is {column.type}: store class numbers as integers from 0")
+def _labels(file: Path, columns: Columns) -> torch.Tensor:
+    column = columns.table.column(columns.label)
     if column.null_count > 0:
-        raise HoldfastError(f"{file}: column {name} has empty rows: give every image a label")
+        raise HoldfastError(f"{file}: column {columns.label} has empty rows: give every image a label")
     return torch.from_numpy(column.to_numpy().astype(np.int64))
 
 
-def _class_names(table: Any) -> tuple[str, ...] | None:
+def _class_names(columns: Columns) -> tuple[str, ...] | None:
     """The names that the ``datasets`` library puts into the schema's metadata, if they are there."""
-    raw = (table.schema.metadata or {}).get(b"huggingface")
+    raw = (columns.table.schema.metadata or {}).get(b"huggingface")
     if raw is None:
         return None
     try:
         features = parse_json(raw, "the metadata")["info"]["features"]
-        column = next(name for name in _LABEL_COLUMNS if name in table.schema.names)
-        names = features[column]["names"]
+        names = features[columns.label]["names"]
     except (ValueError, LookupError, TypeError):
         return None
-    return tuple(str(name) for name in names) if isinstance(names, list) and names else None
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if is_list and 0 < len(names) <= MOST_CLASSES else None
 
 
-def _is_cifar(table: Any, classes: tuple[str, ...], plan: DecodePlan) -> bool:
+def _is_cifar(columns: Columns, classes: tuple[str, ...], plan: DecodePlan) -> bool:
     if plan.size != (32, 32) or plan.channels != 3:
         return False
-    return classes == CIFAR10_CLASSES or {"fine_label", "coarse_label"} <= set(table.schema.names)
+    return classes == CIFAR10_CLASSES or {"fine_label", "coarse_label"} <= set(columns.names)

@@ -9,11 +9,13 @@ from pathlib import Path
 from holdfast.data import cifar, digits, folder, idx, npz, parquet, svhn
 from holdfast.data.decode import check_image_size, resize_pixels
 from holdfast.data.images import Dataset, Images
+from holdfast.data.limits import at_most
 from holdfast.data.table import NAMED, SOURCES
 from holdfast.errors import HoldfastError
+from holdfast.regular_files import require_regular
 
 
-def load(source: str, *, image_size: int | None = None, seed: int = 0) -> Dataset:
+def load(source: str, *, image_size: int | None = None, seed: int = 0, max_gib: float | None = None) -> Dataset:
     """Read a data set from its name or from a path.
 
     Args:
@@ -21,8 +23,12 @@ def load(source: str, *, image_size: int | None = None, seed: int = 0) -> Datase
             content. To reach a file or folder that is called like a name, write ``./digits``.
         image_size: Side of the square that every image is resized to (shorter side, then centre); None keeps sizes.
         seed: Of the split into training and test images, where the data comes without one.
+        max_gib: The most memory that the decoded data may take; None for the limit that holds otherwise
+            (`holdfast.data.limits`), 16 GiB on most machines.
+    Units:
+        max_gib: GiB.
     Raises:
-        HoldfastError: Unknown name, missing path, unknown format, or what the format's reader refuses.
+        HoldfastError: Unknown name, missing path, unknown format, too large, or what the format's reader refuses.
     Example:
         >>> load("digits").num_classes
         10
@@ -30,16 +36,22 @@ def load(source: str, *, image_size: int | None = None, seed: int = 0) -> Datase
         (16, 16)
     """
     check_image_size(image_size)
-    if source in NAMED:
-        dataset = digits.read()
-    else:
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise HoldfastError(_not_found(source))
-        dataset = _read(path, image_size=image_size, seed=seed)
-    if image_size is not None and dataset.image_size != (image_size, image_size):
-        dataset = _resized(dataset, image_size)
+    with at_most(max_gib):
+        dataset = digits.read() if source in NAMED else _read(_existing(source), image_size=image_size, seed=seed)
+        if image_size is not None and dataset.image_size != (image_size, image_size):
+            dataset = _resized(dataset, image_size)
     return replace(dataset, source=source)
+
+
+def _existing(source: str) -> Path:
+    """The path of a file or folder that is there."""
+    path = Path(source).expanduser()
+    try:
+        if not path.is_dir():
+            require_regular(path)
+    except FileNotFoundError:
+        raise HoldfastError(_not_found(source)) from None
+    return path
 
 
 def _read(path: Path, *, image_size: int | None, seed: int) -> Dataset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -16,7 +16,7 @@ _PART = 1 << 20
 _MEMBERS = 1000  # a gzip file may be several after each other; a few bytes can hold an empty one
 
 
-def read_into(stream: io.BufferedIOBase | BinaryIO, array: np.ndarray) -> int:
+def read_into(stream: io.BufferedIOBase | IO[bytes], array: np.ndarray) -> int:
     """Fill an array of bytes from a stream. Return how many there were.
 
     Example:
@@ -47,7 +47,7 @@ class Inflated(io.RawIOBase):
         zlib.error: While reading, where the stream is damaged.
     """
 
-    def __init__(self, packed: BinaryIO, length: int) -> None:
+    def __init__(self, packed: IO[bytes], length: int) -> None:
         self._packed, self._left = packed, length
         self._rest = b""
         self._inflate = zlib.decompressobj()
@@ -80,7 +80,7 @@ class Gunzip(io.RawIOBase):
         GzipDamage: While reading, where the file is damaged or ends too early.
     """
 
-    def __init__(self, packed: BinaryIO) -> None:
+    def __init__(self, packed: IO[bytes]) -> None:
         self._packed = packed
         self._rest = b""
         self._members = 0
