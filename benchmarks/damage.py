@@ -23,6 +23,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -49,11 +50,20 @@ HARMLESS = {
     "environment.json": "tells with what a run was made; it is begun anew",
     "log.txt": "made from the ledger for people; written anew by every `evaluate`",
     "images.csv": "made from the ledger for spreadsheets; written anew by every `evaluate`",
-    ".lock": "empty; only its lock counts",
+    ".lock": "empty; only that it is locked counts",
 }
 """Files that decide nothing, and why."""
 
 TIMES = ("seconds", "images_per_second", "seconds_left")
+NET = """
+from torch import nn
+
+def make(num_classes, channels, width):
+    layers = [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * width, num_classes))
+"""
+"""A user's own file: runs and models take copies of it along."""
+
 FLIPS = (0x01, 0xFF)  # in turn: the first leaves text readable, the second makes it no UTF-8
 
 
@@ -103,7 +113,8 @@ def write_data(path: Path) -> None:
 
 def train_words(work: Path, out: str) -> list[str]:
     """`holdfast train` with everything small, an average among it."""
-    words = f"train piat_nmse --data {work}/data.npz --threat.epsilon 0.1 --model.width 4 --epochs 4 --batch-size 16"
+    words = f"train piat_nmse --data {work}/data.npz --threat.epsilon 0.1 --epochs 4 --batch-size 16"
+    words += f" --model {work}/net.py:make --model.width 4"
     words += " --precision fp32 --training.device cpu --training.validation_steps 2 --training.test_steps 2"
     return f"{words} --attack.steps 2 --averages.ema.decay 0.9 --out {work}/{out}".split()
 
@@ -144,6 +155,7 @@ def make(work: Path) -> None:
     """All folders, undamaged."""
     work.mkdir(parents=True)
     write_data(work / "data.npz")
+    (work / "net.py").write_text(NET)
     assert run_command(train_words(work, "finished"))[0] == 0
     with stopped_after(Loop, "one_step", 14, ask):  # in the fourth epoch of four steps each
         assert run_command(train_words(work, "interrupted"))[0] == 130
@@ -349,6 +361,7 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.monotonic()
     root = Path(tempfile.mkdtemp())
+    os.environ["HOLDFAST_STATE_DIR"] = str(root / "state")  # trust in the copies of net.py
     try:
         outcomes = measure(root, flips=asked.flips, wanted=lambda file, damage: asked.only in file)
     finally:

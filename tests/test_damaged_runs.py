@@ -146,6 +146,8 @@ def rewritten(out: Path, **changes: Any) -> Path:
         ({"position": 10**30}, "at most"),
         ({"position": "2"}, "its position is wrong"),
         ({"position": 4}, "its position is 4, and the run has 3 at most"),
+        ({"position": 5, "averaged": True}, "its position is 5, and the run has 4 at most"),
+        ({"averaged": 1}, "its averaged is wrong"),
         ({"lines": -2}, "its lines is wrong"),
         ({"lines": 1}, "it holds 2 lines of metrics, not 1"),
         ({"metrics": "text"}, "its metrics is wrong"),
@@ -185,9 +187,8 @@ def test_one_kept_checkpoint_survives_the_damaged_one(stopped: Path, whole: Path
 
 
 def test_what_a_kill_left_beside_checkpoints_goes(stopped: Path, tmp_path: Path) -> None:
-    """Half a checkpoint, and a digest without its checkpoint."""
+    """A digest without its checkpoint."""
     out = Path(shutil.copytree(stopped, tmp_path / "run"))
-    (out / "checkpoints" / ".step-0000000011.pt.part").write_bytes(b"PK")
     (out / "checkpoints" / "step-0000000011.pt.sha256").write_text("lost")
     written = save_checkpoint(out, 12, {"format": 1}, keep=1)
     assert {path.name for path in (out / "checkpoints").iterdir()} == {written.name, beside(written).name}

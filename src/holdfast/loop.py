@@ -111,15 +111,15 @@ class Loop:
             return summary
         done = self.progress().step
         self.display.start(self.recipe.epochs * self.steps_per_epoch, done, self.loader.batch_size)
-        while not self.complete or self.averaged:
+        while not self.complete:
             self.one_epoch()
         self.display.stop()
         return self.close()
 
     @property
     def complete(self) -> bool:
-        """Whether all training is done."""
-        return self.epoch == self.recipe.epochs or self.stopped
+        """Whether all training is done, the last epoch's validation included."""
+        return (self.epoch == self.recipe.epochs or self.stopped) and not self.averaged
 
     def progress(self, replay: int = 0) -> Progress:
         """Where the run stands."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast import distributed
 from holdfast.errors import Damaged, HoldfastError
 from holdfast.runs.checkpoint import Found, checkpoint_path, load_checkpoint, newest_whole
-from holdfast.runs.export import DESCRIPTION, WEIGHTS, read_description, read_weights
+from holdfast.runs.export import DESCRIPTION, WEIGHTS, own_code_of, read_description, read_weights
 from holdfast.runs.folder import METRICS, SUMMARY, RunFolder
 from holdfast.runs.state import problem, refuse_another_run, restore
 from holdfast.setup import Setup
@@ -100,10 +100,14 @@ def model_problem(folder: Path, *, epoch: int, now: int) -> str | None:
         if not (folder / name).is_file():
             return f"{folder / name} is missing"
     try:
-        found = read_description(folder).get("epoch")
+        description = read_description(folder)
         read_weights(folder / WEIGHTS)
+        own_code_of(description, folder)  # a copy of it lies beside the weights
     except Damaged as error:
         return error.what
+    except HoldfastError as error:  # a file that cannot be read, or code that is not what it was
+        return str(error)
+    found = description.get("epoch")
     if found != epoch and not (isinstance(found, int) and found > now):
         return f"{folder} holds the weights of epoch {found}, not of epoch {epoch}"
     return None

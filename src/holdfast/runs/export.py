@@ -153,6 +153,25 @@ def load_model(
     return model.eval()
 
 
+def own_code_of(description: Mapping[str, Any], folder: Path) -> OwnCode | None:
+    """Return the code of the user's own that makes the model of a folder, or None. It is read, not executed.
+
+    Raises:
+        HoldfastError: it is missing, or is not the code that the model was trained with.
+    """
+    name = str(description["model"].get("name"))
+    if not names_code(name):
+        return None
+    code = OwnCode.in_configuration(name, folder)
+    trained_with = (description.get("code") or {}).get("sha256")
+    if trained_with not in (None, code.sha256):
+        raise Damaged(
+            f"{code.path} is not the code that the model was trained with (SHA-256 {code.sha256}, not {trained_with})",
+            "restore the file",
+        )
+    return code
+
+
 def rebuild(description: Mapping[str, Any], folder: Path) -> nn.Module:
     """Return the architecture of a model folder, with weights drawn from torch's generator.
 
@@ -161,12 +180,6 @@ def rebuild(description: Mapping[str, Any], folder: Path) -> nn.Module:
     """
     options = {key: value for key, value in description["model"].items() if key != "name"}
     name = str(description["model"]["name"])
-    code = OwnCode.in_configuration(name, folder) if names_code(name) else None
-    trained_with = (description.get("code") or {}).get("sha256")
-    if code is not None and trained_with not in (None, code.sha256):
-        raise HoldfastError(
-            f"{code.path} is not the code that the model was trained with (SHA-256 {code.sha256}, not {trained_with}):"
-            " restore the file"
-        )
+    code = own_code_of(description, folder)
     with torch.random.fork_rng(devices=[]):
         return build(code or name, **options)

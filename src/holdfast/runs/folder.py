@@ -168,7 +168,9 @@ class RunFolder:
             return
         try:
             first = read_json(path, advice="it is begun anew")
-        except Damaged as damage:
+            if not isinstance(first.get("resumed", []), list):
+                raise Damaged(f"{path} is damaged (resumed is no list)", "it is begun anew")
+        except HoldfastError as damage:
             self.say(str(damage))
             first = {**environment, "resumed": _resumptions(path)}
         write_json(path, {**first, "resumed": [*first.get("resumed", []), dict(environment)]})

@@ -110,7 +110,8 @@ def problem(state: Mapping[str, Any], *, epochs: int, batches: int) -> str | Non
         if name in state and not right(state[name]):
             return f"its {name} is wrong"
     epoch, position, lines = state["epoch"], state["position"], state["lines"]
-    most = batches - 1 if epoch < epochs else 0
+    inside = batches if state.get("averaged") else batches - 1  # all steps of an epoch, but not yet its validation
+    most = inside if epoch < epochs else 0
     for name, value, limit in (("epoch", epoch, epochs), ("position", position, most), ("lines", lines, epochs)):
         if value > limit:
             return f"its {name} is {value}, and the run has {limit} at most"
@@ -163,6 +164,7 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
 }
 _LATER_PARTS: dict[str, Callable[[Any], bool]] = {  # checkpoints of older versions are without them
     "stopped": lambda value: isinstance(value, bool),
+    "averaged": lambda value: isinstance(value, bool),
     "config": _json_object,
     "code": _texts,
     "data": _texts,
