@@ -773,6 +773,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert found["packages"]["torch"] == torch.__version__
     assert found["step"]["fp32"]["ms"] > 0
     assert "command" not in found
+    monkeypatch.setattr("holdfast.cli.doctor.step_times", lambda: found["step"])  # once is enough
     assert command("doctor") == 0
     assert "small_cnn, 28x28, batch 128, PGD-10, fp32" in capsys.readouterr().out
 
