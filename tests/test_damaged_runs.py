@@ -53,8 +53,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=FP32).path
 
 
-@pytest.mark.parametrize("recorded", [True, False], ids=["digest", "no digest"])
-@pytest.mark.parametrize("how", ["cut", "empty", "noise", "flipped", "malicious", "no state", "lacking"])
+@pytest.mark.parametrize(
+    ("how", "recorded"),
+    [("flipped", True), *((how, False) for how in ("cut", "empty", "flipped", "malicious", "no state", "lacking"))],
+)
 def test_a_damaged_checkpoint_is_passed_over(how: str, recorded: bool, whole: Path, tmp_path: Path) -> None:
     """It is said, the run goes on from the one before and ends the same; also where an older version kept no digest."""
     out = stopped_run(tmp_path / "run")
@@ -63,8 +65,6 @@ def test_a_damaged_checkpoint_is_passed_over(how: str, recorded: bool, whole: Pa
         newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     elif how == "empty":
         newest.write_bytes(b"")
-    elif how == "noise":
-        newest.write_bytes(bytes(range(256)) * 20)
     elif how == "malicious":
         torch.save({"format": 1, "step": Malicious(tmp_path / "ran")}, newest)
     elif how == "no state":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,3 +240,24 @@ def resumed(out: Path, said: Said | None = None) -> Path:
     """The run of `stopped_run`, gone on with to its end."""
     run = fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=FP32, resume=True, display=said)
     return run.path
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+@contextmanager
+def killed_at(number: int, *, after: bool) -> Iterator[list[str]]:
+    """A kill right before or after the n-th rename; yields the names that were renamed so far."""
+    replace, renamed = Path.replace, []
+
+    def counted(path: Path, target: Path) -> Any:
+        if len(renamed) == number and not after:
+            raise Killed
+        replace(path, target)
+        renamed.append(Path(target).name)
+        if len(renamed) == number + 1 and after:
+            raise Killed
+
+    with patch.object(Path, "replace", counted):
+        yield renamed
