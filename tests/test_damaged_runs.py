@@ -106,6 +106,25 @@ def test_no_checkpoint_is_whole(tmp_path: Path) -> None:
     assert content(out) == before
 
 
+def test_a_whole_checkpoint_that_cannot_be_read_here(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not called damaged, nor dropped for an older one."""
+    out = Path(shutil.copytree(stopped, tmp_path / "run"))
+    before = content(out)
+
+    def refuse(*arguments: Any, **more: Any) -> None:
+        raise RuntimeError("unknown record\nof this version")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    told = (
+        r"step-0000000010.pt is whole, but cannot be read here \(RuntimeError: unknown record of this version\): resume"
+    )
+    with pytest.raises(HoldfastError, match=told):
+        resumed(out)
+    assert content(out) == before
+
+
 def test_a_checkpoint_of_another_format(tmp_path: Path) -> None:
     """It is whole, so nothing is passed over for it."""
     out = stopped_run(tmp_path / "run")
