@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -365,6 +367,45 @@ def test_a_damaged_model_is_written_anew_from_a_checkpoint(name: str, file: str,
     assert any(text.endswith(f"{out / name} is written anew from a checkpoint") for text in said.texts)
     assert content(out) == before
     assert said.texts[-1] == f"{out} is already finished"
+
+
+def test_a_best_model_of_an_earlier_epoch_is_written_anew(whole: Path, tmp_path: Path) -> None:
+    """From the checkpoint at that epoch's end; the run then goes on from the newest one, and ends the same."""
+    settings = replace(FP32, keep_checkpoints=4)
+    out, said = stopped_run(tmp_path / "run", settings), Said()
+    model = content(out / "model")
+    best = checkpoint_path(out, 4 * read_json(out / "model" / "config.json")["epoch"])
+    assert best in checkpoints(out)[:-1]
+    shutil.rmtree(out / "model")
+
+    def keep_model(self: Loop) -> Any:
+        assert content(out / "model") == model
+        assert self.epoch == 2
+        assert self.position == 2
+        raise KeyboardInterrupt
+
+    with patch.object(Loop, "one_epoch", keep_model), pytest.raises(KeyboardInterrupt):
+        resumed(out, said, settings)
+    assert any(text.endswith(f"{out / 'model'} is written anew from a checkpoint") for text in said.texts)
+    (out / "model" / "model.safetensors").write_bytes(b"")
+    assert_same_run(resumed(out, said, settings), whole)
+
+
+def test_a_damaged_checkpoint_goes_when_the_next_one_is_whole(stopped: Path, tmp_path: Path) -> None:
+    """Not before, and not after."""
+    out = Path(shutil.copytree(stopped, tmp_path / "run"))
+    newest = checkpoints(out)[-1]
+    newest.write_bytes(b"")
+    dropped = []
+
+    def noted(*arguments: Any, damaged: Sequence[Path], **more: Any) -> Path:
+        assert newest.exists() != bool(dropped)
+        dropped.append(list(damaged))
+        return save_checkpoint(*arguments, damaged=damaged, **more)
+
+    with patch("holdfast.loop.save_checkpoint", noted):
+        resumed(out)
+    assert dropped == [[newest], []]
 
 
 def test_a_lost_best_model_is_refused_before_the_first_step(

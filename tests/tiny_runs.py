@@ -223,7 +223,7 @@ def content(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-def stopped_run(out: Path) -> Path:
+def stopped_run(out: Path, settings: Settings = FP32) -> Path:
     """A run that was stopped in its third epoch, with the checkpoints of steps 8 and 10."""
     before = Loop.one_step
 
@@ -232,13 +232,13 @@ def stopped_run(out: Path) -> Path:
         self.interruption.asked = progress.step == 9
 
     with patch.object(Loop, "one_step", one_step), pytest.raises(Interrupted):
-        fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=FP32)
+        fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=settings)
     return out
 
 
-def resumed(out: Path, said: Said | None = None) -> Path:
+def resumed(out: Path, said: Said | None = None, settings: Settings = FP32) -> Path:
     """The run of `stopped_run`, gone on with to its end."""
-    run = fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=FP32, resume=True, display=said)
+    run = fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=settings, resume=True, display=said)
     return run.path
 
 

@@ -259,3 +259,5 @@ def test_examples_of_the_wrong_kind(model: nn.Module, finished: Path) -> None:
         save_file(bad, file)
         with pytest.raises(Damaged, match="it holds no examples"):
             recount(finished, model)
+        with pytest.raises(Damaged, match="it holds no examples"):
+            evaluated(model, finished)
