@@ -13,6 +13,12 @@ import torch
 from torch import nn
 
 from holdfast.forward import Batch
+from holdfast.runs.environment import device_name, supports_bf16
+
+natively = pytest.mark.skipif(
+    not supports_bf16(torch.device("cpu")), reason=f"bfloat16 is emulated on this processor: {device_name()}"
+)
+"""A test in bfloat16 that others stand for where it is emulated, which takes ten times as long as float32."""
 
 _STATE = tempfile.TemporaryDirectory(prefix="holdfast-state-")
 os.environ["HOLDFAST_STATE_DIR"] = _STATE.name  # tests trust nothing in, and add nothing to, the developer's own store

@@ -38,9 +38,7 @@ def test_bf16_is_not_native_where_torch_cannot_say(monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 def test_bf16_is_not_native_under_a_limit_to_avx2() -> None:
     """The variable is read once a process, when oneDNN is first used."""
-    code = (
-        "import torch; from holdfast.runs.environment import supports_bf16; print(supports_bf16(torch.device('cpu')))"
-    )
+    code = "import torch; from holdfast.runs import environment as e; print(e.supports_bf16(torch.device('cpu')))"
     limited = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     ended = subprocess.run([sys.executable, "-c", code], env=limited, capture_output=True, text=True, check=True)
     assert ended.stdout == "False\n"

@@ -373,7 +373,10 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+FIRST, *OTHERS = MOMENTS
+
+
+@pytest.mark.parametrize("moment", [FIRST, *(pytest.param(other, marks=pytest.mark.slow) for other in OTHERS)])
 def test_killed_and_resumed(moment: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL cannot be caught: whatever was being written is lost, and nothing else."""
     out = tmp_path / "run"

@@ -63,6 +63,7 @@ class Interruption:
         self.asked = False
         self.number = int(signal.SIGINT)
         self._what = ""  # what is being finished; nothing: the first signal already ends
+        self._finished = ""  # what was being finished when the first signal came
         self._first: float | None = None  # when the first signal came
         self._leaving = False
         self._late: int | None = None  # a signal that came while the handlers were put back
@@ -95,7 +96,7 @@ class Interruption:
         if self._first is None:
             self._first, self.number = now, int(number)
             if self._what:
-                self.asked = True
+                self.asked, self._finished = True, self._what
                 return
         elif now - self._first < self._copies:
             return
@@ -108,12 +109,12 @@ class Interruption:
         """
         first: float | None = None
         while number := int.from_bytes(os.read(pipe, 1), "big"):  # an empty read: the other end was closed
-            if number not in self._before:
+            if number not in SIGNALS:  # Python reports every signal that it handles
                 continue
             if first is None:
                 first = time.monotonic()
-                if self._what:
-                    _announce(f"stopping after {self._what}; once more ends at once")
+                if what := self._what or self._finished:
+                    _announce(f"stopping after {what}; once more ends at once")
                     continue
             elif time.monotonic() - first < self._copies:
                 continue

@@ -346,6 +346,14 @@ def test_files_that_cannot_be_read_as_python(content: bytes, message: str, tmp_p
         OwnCode.named(f"{tmp_path}/net.py:make")
 
 
+def test_a_package_that_is_a_link_elsewhere_is_not_walked(tmp_path: Path) -> None:
+    """It may lead to the root of a disk."""
+    folder = written(tmp_path / "sent", net="import whole\ndef make(): pass\n")
+    (folder / "whole").symlink_to("/")
+    with pytest.raises(HoldfastError, match="whole is a link to a place outside"):
+        OwnCode.in_configuration("net.py:make", folder)
+
+
 def test_a_folder_of_many_files_is_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("holdfast.models.own_file.MOST", 20)
     written(tmp_path, net="import big\ndef make(): pass\n", **{f"big__in__m{number}": "" for number in range(30)})

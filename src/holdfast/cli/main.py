@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         silence(sys.stdout)
         return 0
     except (MemoryError, OSError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             where = error.filename or "standard output"
             return _refuse(f"no space left to write {where}: free some and give the same command again")
         return _refuse(f"{type(error).__name__}: {error}")

@@ -43,6 +43,23 @@ class ArrayArchive:
             name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy") and "/" not in name
         )
 
+    def require_one_for_each(self, labels: str, images: str) -> None:
+        """Refuse labels that are not as many as the images, before either is read; those that are missing are not told.
+
+        Raises:
+            HoldfastError: Their numbers differ.
+        """
+        lengths = []
+        for name in (images, labels):
+            if name not in self.names:
+                return
+            with self._archive.open(f"{name}.npy") as stream:
+                lengths.append((_header(stream, f"{self._where}: {name}")[2] or (1,))[0])
+        if lengths[0] != lengths[1]:
+            raise HoldfastError(
+                f"{self._where}: {labels} has {lengths[1]} labels, and {images} has {lengths[0]} images: match them"
+            )
+
     def read(self, name: str) -> np.ndarray:
         """Return one of the arrays.
 

@@ -148,12 +148,14 @@ def _members(path: Path, stream: io.BufferedIOBase | IO[bytes]) -> Iterator[tupl
         name = PurePosixPath(member.name).name
         is_wanted = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and name in _NAMES
         if is_wanted and member.size > _LARGEST_FILE:
-            raise HoldfastError(f"{path}: {name} has {member.size} bytes, more than any of CIFAR's files")
+            raise HoldfastError(
+                f"{path}: {name} has {member.size} bytes, more than any of CIFAR's files: download it again"
+            )
         padded = -(-member.size // _BLOCK) * _BLOCK
         left -= _BLOCK + padded
         if member.size < 0 or left < 0:
             raise HoldfastError(
-                f"{path} holds more than {readable_size(_LARGEST_ARCHIVE)}, which CIFAR does not: give it as published"
+                f"{path} holds more than {readable_size(_LARGEST_ARCHIVE)}, which CIFAR does not: download it again"
             )
         if not is_wanted:
             _pass_over(stream, padded)
@@ -162,7 +164,7 @@ def _members(path: Path, stream: io.BufferedIOBase | IO[bytes]) -> Iterator[tupl
         if len(content) < member.size:
             raise EOFError(f"{name} is cut")
         yield name, content[: member.size]
-    raise HoldfastError(f"{path} holds more than {_MEMBERS} files, which CIFAR does not: give it as published")
+    raise HoldfastError(f"{path} holds more than {_MEMBERS} files, which CIFAR does not: download it again")
 
 
 def _pass_over(stream: io.BufferedIOBase | IO[bytes], count: int) -> None:

@@ -88,7 +88,7 @@ def _from_parquet(file: Path, images: Sequence[str], labels: Sequence[str], room
         with open_regular(file) as raw:
             for chunk in chunks:
                 require_honest_pages(raw, chunk)
-        batches, count = [], 0
+        batches, count, taken = [], 0, declared
         for batch in content.iter_batches(batch_size=_BATCH, columns=wanted, use_threads=False):
             batches.append(batch)
             count += batch.nbytes
@@ -97,9 +97,9 @@ def _from_parquet(file: Path, images: Sequence[str], labels: Sequence[str], room
                     f"{file} declares {readable_size(declared)} and gives more than {readable_size(count)}: it repeats"
                     " a few images over and over; take another"
                 )
-            if count > declared:
-                room.take(count - declared, str(file))
-                declared = count
+            if count > taken:
+                room.take(count - taken, str(file))
+                taken = count
         names = [image, label]
         table = pa.Table.from_batches(batches) if batches else schema.empty_table().select(names)
         return Columns(table.replace_schema_metadata(schema.metadata), image, label, tuple(schema.names))

@@ -154,8 +154,7 @@ def _read_archive(path: Path, *, labelled: bool, image_size: int | None) -> _Fou
     given = arrays[label_name]
     if np.issubdtype(given.dtype, np.integer) and given.min(initial=0) < 0:
         raise HoldfastError(f"{path}: {label_name} holds {given.min()}, which is no class: {_LABEL_THEM}")
-    count = len(pixels)
-    labels = npz.labels_of(f"{path}: {label_name}", given, f"{name} has {count} images", count, room)
+    labels = npz.labels_of(f"{path}: {label_name}", given, room)
     return _Found(pixels, labels, npz._class_names(path, arrays), tuple(notes))
 
 
@@ -164,6 +163,8 @@ def _arrays(path: Path, room: Room, *, labelled: bool) -> dict[str, Any]:
     with open_archive(path, str(path), room) as archive:
         pair = next((pair for pair in _ARRAYS if pair[0] in archive.names), ())
         wanted = [*pair, "classes"] if labelled else pair[:1]
+        if labelled and pair:
+            archive.require_one_for_each(pair[1], pair[0])
         return {name: archive.read(name) for name in wanted if name in archive.names}
 
 

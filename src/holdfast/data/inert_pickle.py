@@ -56,7 +56,9 @@ def load_inert(raw: bytes, where: str) -> object:
         struct.error,
         RecursionError,
     ) as error:
-        raise HoldfastError(f"{where} is not a readable pickle ({str(error)[:200]}): download it again") from error
+        raise HoldfastError(
+            f"{where} is not a readable pickle ({str(error)[:200] or type(error).__name__}): download it again"
+        ) from error
 
 
 class _ByteType:
@@ -123,6 +125,8 @@ class _Instructions(dict[int, Callable[[Any], None]]):
         self.left -= 1
         if self.left < 0:
             raise HoldfastError(f"it has more than {_MOST_INSTRUCTIONS} instructions: use the published files")
+        if code not in self:
+            raise pickle.UnpicklingError(f"instruction {bytes([code])!r}, which image data does not need")
         return super().__getitem__(code)
 
 

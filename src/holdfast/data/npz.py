@@ -62,6 +62,8 @@ def read(path: Path, *, seed: int = 0) -> Dataset:
 def _arrays(path: Path, room: Room) -> dict[str, np.ndarray]:
     wanted = ("x_train", "y_train", "x_test", "y_test", "x", "y", "classes")
     with open_archive(path, str(path), room) as archive:
+        for images, labels in (("x_train", "y_train"), ("x_test", "y_test"), ("x", "y")):
+            archive.require_one_for_each(labels, images)
         return {name: archive.read(name) for name in wanted if name in archive.names}
 
 
@@ -70,8 +72,7 @@ def _split(path: Path, arrays: dict[str, np.ndarray], x_name: str, y_name: str, 
         if name not in arrays:
             raise HoldfastError(f"{path} holds no array {name}: save x_train, y_train, x_test and y_test, or x and y")
     pixels = pixels_of(f"{path}: {x_name}", arrays.pop(x_name), notes)
-    labels = labels_of(f"{path}: {y_name}", arrays[y_name], f"{x_name} has {len(pixels)} images", len(pixels), room)
-    return Images(pixels, labels)
+    return Images(pixels, labels_of(f"{path}: {y_name}", arrays[y_name], room))
 
 
 def pixels_of(where: str, pixels: np.ndarray, notes: list[str]) -> Tensor:
@@ -130,19 +131,17 @@ def _as_bytes(where: str, pixels: np.ndarray, notes: list[str]) -> np.ndarray:
     return result
 
 
-def labels_of(where: str, labels: np.ndarray, images: str, count: int, room: Room) -> Tensor:
+def labels_of(where: str, labels: np.ndarray, room: Room) -> Tensor:
     """Return an array of labels as class numbers.
 
     Args:
         where: What messages call it.
         labels: The array as it was read.
-        images: The array of images and their number, in words.
-        count: How many images there are.
         room: What the data may take.
     Shapes:
         labels: (N,) or (N, 1); result: (N,) int64.
     Raises:
-        HoldfastError: They are not whole numbers from 0, or not one an image.
+        HoldfastError: They are not whole numbers from 0, one an image.
     """
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -150,14 +149,12 @@ def labels_of(where: str, labels: np.ndarray, images: str, count: int, room: Roo
         raise HoldfastError(f"{where} has shape {labels.shape}: store one class number an image, as argmax(1) gives")
     if not np.issubdtype(labels.dtype, np.integer):
         raise HoldfastError(f"{where} is {labels.dtype}: store class numbers as integers from 0")
-    if len(labels) != count:
-        raise HoldfastError(f"{where} has {len(labels)} labels, and {images}: match them")
     if labels.size > 0 and labels.min() < 0:
         index = int(labels.argmin())
         raise HoldfastError(f"{where} has label {labels[index]} at index {index}: number the classes from 0")
     if labels.size > 0 and labels.max() > np.iinfo(np.int64).max:
         raise HoldfastError(f"{where} has label {labels.max()}: number the classes from 0 without gaps")
-    room.take(8 * count, where)
+    room.take(8 * len(labels), where)
     return torch.from_numpy(labels.astype(np.int64))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +24,7 @@ from holdfast.evaluation.networks import Deciding, Searching, Speed
 from holdfast.evaluation.probed_model import left_as_it_was
 from holdfast.evaluation.protocols import Options, Protocol, adaptations, named, of_attacks
 from holdfast.evaluation.pursuit import Pursuit, Rules
+from holdfast.evaluation.result import Result as Result
 from holdfast.evaluation.unit import Unit, rows_of
 from holdfast.interruption import Interruption, Stopped
 from holdfast.keyed_random import Key, permutation
@@ -33,49 +34,6 @@ from holdfast.runs.lock import EVALUATING, locked
 from holdfast.threat import ThreatModel
 
 PROBED, TRIED, OUTPUTS = 64, 8, 100
-
-
-@dataclass(frozen=True)
-class Result:
-    """What an evaluation found.
-
-    Attributes:
-        summary: Accuracies with intervals, what each attack broke, passes, flags; what summary.json holds.
-        rows: One mapping an image; what ledger.jsonl holds.
-        flags: What speaks against quoting the number.
-        path: The folder, or None.
-        log: Plain text that can be pasted into an issue.
-    """
-
-    summary: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
-    flags: Sequence[flags.Flag]
-    path: Path | None
-    log: str
-    ledger: Ledger = field(repr=False)
-
-    @property
-    def robust_accuracy(self) -> float:
-        """Share of images that are classified correctly and that no attack broke."""
-        return float(self.summary["robust_accuracy"])
-
-    @property
-    def clean_accuracy(self) -> float:
-        """Share of images that are classified correctly."""
-        return float(self.summary["clean_accuracy"])
-
-    def examples(self) -> Tensor | None:
-        """The adversarial images (the clean ones where none was found), (N, C, H, W); None if they were not kept."""
-        parts = [self.ledger.examples_of(number) for number in range(self._units)]
-        whole = [part["x_adv"] for part in parts if part is not None]
-        return torch.cat(whole) if len(whole) == len(parts) and whole else None
-
-    @property
-    def _units(self) -> int:
-        return -(-len(self.rows) // int(self.ledger.protocol["unit"]))
-
-    def __str__(self) -> str:
-        return results.in_words(self.summary)
 
 
 @dataclass(frozen=True, kw_only=True)

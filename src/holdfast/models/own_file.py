@@ -207,7 +207,7 @@ def _sources(path: Path, folder: Path | None) -> dict[str, bytes]:
             )
         for top in sorted(_imports(found[name], str(file)) - seen):
             seen.add(top)
-            waiting += _neighbours(home, top)
+            waiting += _neighbours(home, top, folder)
     return found
 
 
@@ -244,20 +244,28 @@ def _parse(source: bytes, name: str) -> ast.Module:
         raise HoldfastError(f"{name} cannot be parsed ({type(error).__name__}): give a Python file") from None
 
 
-def _neighbours(home: Path, top: str) -> list[Path]:
+def _neighbours(home: Path, top: str, folder: Path | None) -> list[Path]:
     """The files of a module or package of that name in the folder; none where it holds no such thing."""
     package = home / top
     if package.is_dir():
-        files = []
-        for root, folders, names in os.walk(package):
-            folders[:] = sorted(name for name in folders if name != "__pycache__" and not name.startswith("."))
-            files += [file for name in sorted(names) if name.endswith(".py") and (file := Path(root, name)).is_file()]
-            if len(files) > MOST:
-                break
+        if folder is not None and not _resolved(package).is_relative_to(folder):
+            raise HoldfastError(f"{package} is a link to a place outside {folder} and is not run: put the files there")
+        files = _python_files(package, MOST)
         if files:
             return files
     module = home / f"{top}.py"
     return [module] if module.is_file() else []
+
+
+def _python_files(package: Path, most: int) -> list[Path]:
+    """The Python files of a package; folders without any are not entered, since they may hold a million images."""
+    entries = sorted(os.scandir(package), key=lambda entry: entry.name)
+    files = [Path(entry.path) for entry in entries if entry.name.endswith(".py") and entry.is_file()]
+    if files:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False) and len(files) <= most:
+                files += _python_files(Path(entry.path), most - len(files))
+    return files
 
 
 # ----------------------------------------------------------------------------------------- how it is executed

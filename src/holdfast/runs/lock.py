@@ -59,6 +59,7 @@ class FolderLock:
             raise self._refusal("this system")
         # A soft lock, which is a file and no more, would outlive a killed process and block its resumption.
         lock = filelock.FileLock(file, thread_local=False, fallback_to_soft=False, preserve_lock_file=True)
+        there = os.path.lexists(file)
         with full_disk_told(file):
             try:
                 lock.acquire(blocking=False)
@@ -68,6 +69,8 @@ class FolderLock:
                 ) from None
             except OSError as error:
                 if error.errno in _UNSUPPORTED:
+                    if not there:
+                        file.unlink(missing_ok=True)
                     raise self._refusal("its file system") from error
                 raise
             self._lock, self._file = lock, file.stat()
