@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from holdfast.errors import Damaged, HoldfastError
 from holdfast.runs import digests
 from holdfast.runs.files import read_json, remove_hashed, write_json, write_text
 from holdfast.runs.folder import RunFolder, read_config
+from tiny_runs import Killed, killed_at
 
 MASKS = (0x01, 0x04, 0x20, 0xFF)
 
@@ -39,28 +38,6 @@ def test_the_form_is_that_of_sha256sum(tmp_path: Path) -> None:
     assert read(tmp_path / "a file") == "one"
 
 
-class Killed(BaseException):
-    """What a kill looks like from inside."""
-
-
-@contextmanager
-def killed_at(monkeypatch: pytest.MonkeyPatch, number: int, *, after: bool) -> Iterator[list[str]]:
-    """A kill right before or after the n-th rename; yields the names that were renamed so far."""
-    replace, renamed = Path.replace, []
-
-    def counted(path: Path, target: Path) -> Any:
-        if len(renamed) == number and not after:
-            raise Killed
-        replace(path, target)
-        renamed.append(Path(target).name)
-        if len(renamed) == number + 1 and after:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", counted)
-        yield renamed
-
-
 BEFORE = {
     "nothing": lambda path: None,
     "a file": lambda path: write_text(path, "old", hashed=True),
@@ -73,14 +50,12 @@ BEFORE = {
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
 @pytest.mark.parametrize("before", BEFORE)
-def test_a_kill_leaves_no_whole_file_refused(
-    before: str, number: int, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_leaves_no_whole_file_refused(before: str, number: int, after: bool, tmp_path: Path) -> None:
     """Between any two renames the file is the old or the new one, and is read; and a second kill changes nothing."""
     path = tmp_path / "f"
     BEFORE[before](path)
     for text in ("new", "newer"):
-        with killed_at(monkeypatch, number, after=after) as renamed:
+        with killed_at(number, after=after) as renamed:
             try:
                 write_text(path, text, hashed=True)
                 assert len(renamed) <= number
@@ -96,7 +71,7 @@ def test_a_kill_leaves_no_whole_file_refused(
 
 def test_no_file_stands_without_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digest of a new file is there first, and goes last."""
-    with killed_at(monkeypatch, 9, after=True) as renamed:
+    with killed_at(99, after=True) as renamed:
         write_text(tmp_path / "f", "one", hashed=True)
         assert renamed == ["f.sha256", "f"]
         write_text(tmp_path / "f", "two", hashed=True)

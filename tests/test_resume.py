@@ -28,9 +28,12 @@ from holdfast.schedule import Schedule
 from tiny_runs import (
     FP32,
     NET,
+    Killed,
+    Said,
     assert_same,
     assert_same_run,
     command,
+    killed_at,
     metrics,
     refused,
     summary,
@@ -200,6 +203,23 @@ def test_crashed_at_an_epochs_end(where: str, whole: Path, tmp_path: Path, monke
         go(tmp_path / "run")
     monkeypatch.undo()
     assert_same_run(go(tmp_path / "run", resume=True), whole)
+
+
+@pytest.mark.slow
+def test_killed_before_or_after_any_rename(whole: Path, tmp_path: Path) -> None:
+    """Every file gets its place, and every digest, by a rename: between any two the run is whole."""
+    with killed_at(999, after=True) as renamed:
+        go(tmp_path / "count")
+    assert {"model.safetensors", "model.safetensors.sha256", "step-0000000012.pt", "summary.json"} <= set(renamed)
+    for number, name in enumerate(renamed):
+        for after in (False, True):
+            out = tmp_path / f"{number}-{after}"
+            with killed_at(number, after=after), pytest.raises(Killed):
+                go(out)
+            said = Said()
+            fit(everything(), toy(), tiny_net(dropout=0.3), out=out, settings=FP32, resume=True, display=said)
+            assert not any("damaged" in text or "anew" in text for text in said.texts), (name, said.texts)
+            assert_same_run(out, whole)
 
 
 def test_stopped_twice(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,7 +223,7 @@ def content(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-def stopped_run(out: Path) -> Path:
+def stopped_run(out: Path, settings: Settings = FP32) -> Path:
     """A run that was stopped in its third epoch, with the checkpoints of steps 8 and 10."""
     before = Loop.one_step
 
@@ -230,11 +232,32 @@ def stopped_run(out: Path) -> Path:
         self.interruption.asked = progress.step == 9
 
     with patch.object(Loop, "one_step", one_step), pytest.raises(Interrupted):
-        fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=FP32)
+        fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=settings)
     return out
 
 
-def resumed(out: Path, said: Said | None = None) -> Path:
+def resumed(out: Path, said: Said | None = None, settings: Settings = FP32) -> Path:
     """The run of `stopped_run`, gone on with to its end."""
-    run = fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=FP32, resume=True, display=said)
+    run = fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=settings, resume=True, display=said)
     return run.path
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+@contextmanager
+def killed_at(number: int, *, after: bool) -> Iterator[list[str]]:
+    """A kill right before or after the n-th rename; yields the names that were renamed so far."""
+    replace, renamed = Path.replace, []
+
+    def counted(path: Path, target: Path) -> Any:
+        if len(renamed) == number and not after:
+            raise Killed
+        replace(path, target)
+        renamed.append(Path(target).name)
+        if len(renamed) == number + 1 and after:
+            raise Killed
+
+    with patch.object(Path, "replace", counted):
+        yield renamed

@@ -79,8 +79,7 @@ def _refuse_lost_checkpoints(folder: RunFolder) -> None:
     Raises:
         HoldfastError: metrics.jsonl has two lines or more, and one line at most is written before a checkpoint is.
     """
-    path = folder.path / METRICS
-    lines = path.read_bytes().count(b"\n") if path.exists() else 0
+    lines = folder.metrics_content().count(b"\n")
     if lines > 1:
         raise HoldfastError(
             f"{folder.path} has trained {lines} epochs, but no checkpoint is left: restore one from a copy, or train"
@@ -190,7 +189,6 @@ def _look_at_finished(setup: Setup, folder: RunFolder, say: Callable[[str], None
 
 def _metrics_problem(folder: RunFolder, found: Found | None, epochs: int) -> list[str]:
     """What is wrong with the metrics of a finished run, as far as the checkpoint that was found knows."""
-    path = folder.path / METRICS
     try:
         count = len(folder.metrics())
     except Damaged as error:
@@ -199,6 +197,6 @@ def _metrics_problem(folder: RunFolder, found: Found | None, epochs: int) -> lis
     if found is None or known is None:
         right = count == epochs
     else:
-        right = path.exists() and path.read_bytes().startswith("".join(known).encode())
+        right = folder.metrics_content().startswith("".join(known).encode())
         right = right and count == epochs - found.state["epoch"] + len(known)
-    return [] if right else [f"{path} was changed or damaged"]
+    return [] if right else [f"{folder.path / METRICS} was changed or damaged"]

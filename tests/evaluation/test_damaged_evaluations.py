@@ -24,7 +24,7 @@ from holdfast.evaluation.ledger import Ledger
 from holdfast.evaluation.robustness import Plan, Result
 from holdfast.runs.digests import beside
 from holdfast.runs.files import read_json, write_json, write_text
-from tiny_runs import Said, refused
+from tiny_runs import Killed, Said, killed_at, refused
 
 
 def evaluated(model: nn.Module, out: Path, said: Said | None = None, **own: object) -> Result:
@@ -119,6 +119,22 @@ def test_a_unit_that_is_damaged_while_the_others_are_evaluated(model: nn.Module,
     with patch.object(Ledger, "merged", merged), refusal:
         evaluated(model, partly)
     assert_same(evaluated(model, partly), whole)
+
+
+@pytest.mark.slow
+def test_killed_before_or_after_any_rename(model: nn.Module, whole: Result, tmp_path: Path) -> None:
+    """Every file gets its place, and every digest, by a rename: between any two the evaluation is whole."""
+    with killed_at(999, after=True) as renamed:
+        evaluated(model, tmp_path / "count")
+    assert {"000003.jsonl", "000003.safetensors.sha256", "ledger.jsonl", "flags.json"} <= set(renamed)
+    for number, name in enumerate(renamed):
+        for after in (False, True):
+            out, said = tmp_path / f"{number}-{after}", Said()
+            with killed_at(number, after=after), pytest.raises(Killed):
+                evaluated(model, out)
+            assert_same(evaluated(model, out, said), whole)
+            assert not any("damaged" in text for text in said.texts), (name, said.texts)
+            assert not recount(out, model)["differing"]
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -243,3 +259,5 @@ def test_examples_of_the_wrong_kind(model: nn.Module, finished: Path) -> None:
         save_file(bad, file)
         with pytest.raises(Damaged, match="it holds no examples"):
             recount(finished, model)
+        with pytest.raises(Damaged, match="it holds no examples"):
+            evaluated(model, finished)

@@ -73,7 +73,9 @@ def load_checkpoint(path: Path, *, check: bool = True) -> dict[str, Any]:
 
     Raises:
         Damaged: it is not as it was written, or holds more than tensors and plain values.
+        HoldfastError: it is as it was written, but this version of torch cannot read it.
     """
+    right = None
     try:
         if check:
             right = matches(path, of_file(path))
@@ -88,6 +90,12 @@ def load_checkpoint(path: Path, *, check: bool = True) -> dict[str, Any]:
     except (Damaged, MemoryError):
         raise
     except Exception as error:  # a cut zip file raises anything from EOFError to RuntimeError
+        if right:
+            reason = " ".join(str(error).split())[:200]
+            raise HoldfastError(
+                f"checkpoint {path} is whole, but cannot be read here ({type(error).__name__}: {reason}): resume with"
+                " the versions in environment.json, or with more memory"
+            ) from error
         raise Damaged(f"checkpoint {path} is damaged ({type(error).__name__})") from error
     if not isinstance(state, dict):
         raise Damaged(f"checkpoint {path} is damaged (it is no checkpoint of holdfast)")

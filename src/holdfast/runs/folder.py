@@ -198,7 +198,7 @@ class RunFolder:
             HoldfastError: the file is damaged, and the checkpoint does not hold its lines.
         """
         path = self.path / METRICS
-        found = path.read_bytes() if path.exists() else b""
+        found = self.metrics_content()
         if lines is None and count and not path.exists():
             self.say(f"{path} is missing: the run goes on without the lines of its first {count} epochs")
             lines = []
@@ -212,6 +212,11 @@ class RunFolder:
         if self.writes and found != whole:
             write_whole(path, lambda file: file.write(whole))
 
+    def metrics_content(self) -> bytes:
+        """What metrics.jsonl holds; nothing where it is missing."""
+        path = self.path / METRICS
+        return read_regular(path, most=LINES_BYTES) if path.exists() else b""
+
     def metrics(self) -> list[dict[str, Any]]:
         """All epochs' lines.
 
@@ -220,8 +225,7 @@ class RunFolder:
         """
         path = self.path / METRICS
         advice = f"`holdfast train --resume --out {self.path}` writes it anew from the checkpoint"
-        content = read_regular(path, most=LINES_BYTES) if path.exists() else b""
-        lines = parse_json_lines(content, str(path), advice=advice)
+        lines = parse_json_lines(self.metrics_content(), str(path), advice=advice)
         if not all(isinstance(line, dict) for line in lines):
             raise Damaged(f"{path} is damaged", advice)
         return lines
