@@ -107,7 +107,7 @@ def test_output_onto_a_full_disk(
         assert command(*words) == 2
         full.flush()
     told = capsys.readouterr().err
-    assert told == "holdfast: no space left to write standard output: free some and give the same command again\n"
+    assert told == "holdfast: no space left to write the output: free some and give the same command again\n"
 
 
 def test_output_into_a_pipe_that_was_closed(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (MemoryError, OSError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
-            where = error.filename or "standard output"
+            where = error.filename or "the output"
             return _refuse(f"no space left to write {where}: free some and give the same command again")
         return _refuse(f"{type(error).__name__}: {error}")
     except RuntimeError as error:

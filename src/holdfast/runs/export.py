@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.models.factory import build
-from holdfast.runs.files import read_json, write_json, write_whole
+from holdfast.runs.files import full_disk_told, read_json, write_json, write_whole
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 
@@ -43,9 +43,10 @@ def save_model(folder: Path, state: Mapping[str, Tensor], description: Mapping[s
     name = description["model"].get("name")
     if name and ":" in name:
         source = Path(name.rpartition(":")[0]).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        if source.is_file() and source.resolve() != (folder / source.name).resolve():
-            shutil.copyfile(source, folder / source.name)
+        with full_disk_told(folder / source.name):
+            folder.mkdir(parents=True, exist_ok=True)
+            if source.is_file() and source.resolve() != (folder / source.name).resolve():
+                shutil.copyfile(source, folder / source.name)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     write_whole(folder / WEIGHTS, lambda file: file.write(save(tensors)))
     write_json(folder / DESCRIPTION, description)
