@@ -793,3 +793,19 @@ def test_the_installed_command_exists() -> None:
     assert ended.returncode == 0
     assert ended.stdout.splitlines()[1].startswith("standard")
     assert inspect.signature(demo.run).parameters.keys() == {"argv"}
+
+
+def test_a_stopped_demo_names_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the command that would go on with one of its three runs."""
+    import signal
+
+    from holdfast.loop import Loop
+
+    out = tmp_path / "my demo"
+    monkeypatch.setattr(Loop, "one_step", lambda *rest: signal.raise_signal(signal.SIGTERM))
+    assert command("demo", "--out", out, "--seed", 3) == 128 + signal.SIGTERM
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"holdfast: stopped; go on with: holdfast demo --out '{out}' --seed 3"
+    assert (out / "standard" / "checkpoints").is_dir()

@@ -307,12 +307,87 @@ def test_sigterm_stops_after_the_step(whole: Path, tmp_path: Path, monkeypatch: 
     assert_same_run(go(tmp_path / "run", resume=True), whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_commands_exit_code(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """128 and the signal, after the first as after the second; and the command that goes on."""
+    data, out = write_toy(tmp_path / "toy.npz"), tmp_path / "run"
+    stop_at(monkeypatch, 2, lambda loop: signal.raise_signal(number))
+    assert train(data, out) == 128 + number
+    again = f"with: holdfast train --resume --out {out}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"holdfast: stopped; go on {again}"
+    assert [path.name for path in checkpoints(out)] == ["step-0000000002.pt"]
+    monkeypatch.undo()
+
+    def twice(loop: Loop) -> None:
+        for _ in range(2):
+            signal.raise_signal(number)
+
+    monkeypatch.setattr("holdfast.interruption.COPIES", 0.0)
+    stop_at(monkeypatch, 3, twice)
+    assert command("train", "--resume", "--out", out) == 128 + number
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"holdfast: stopped at once; go on from the last checkpoint {again}"
+    assert [path.name for path in checkpoints(out)] == ["step-0000000002.pt"]
+    monkeypatch.undo()
+    assert command("train", "--resume", "--out", out) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_data_is_read(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends at once, and nothing half made stays, not even the folder."""
+    import holdfast.train
+
+    def prepare(*arguments: Any, **more: Any) -> None:
+        assert (tmp_path / "run" / ".lock").exists()
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(holdfast.train, "prepare", prepare)
+    assert train(write_toy(tmp_path / "toy.npz"), tmp_path / "run") == 128 + number
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("calls", range(1, EPOCHS + 1))
+def test_asked_to_stop_during_a_validation(
+    calls: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops after the batch; what the epoch's steps and averages made is kept, and neither is done twice."""
+    evaluation, seen = Loop.evaluation, []
+
+    def asked(self: Loop, *arguments: Any) -> Any:
+        seen.append(self.epoch)
+        self.interruption.asked = len(seen) == calls
+        return evaluation(self, *arguments)
+
+    monkeypatch.setattr(Loop, "evaluation", asked)
+    with pytest.raises(Interrupted):
+        go(tmp_path / "run")
+    assert seen[-1] == calls - 1
+    assert (
+        len(metrics(tmp_path / "run")) == calls - 1 if calls > 1 else not (tmp_path / "run/metrics.jsonl").read_text()
+    )
+    assert checkpoints(tmp_path / "run")[-1].name == f"step-{calls * STEPS:010d}.pt"
+    assert torch.load(checkpoints(tmp_path / "run")[-1], weights_only=True)["averaged"]
+    monkeypatch.undo()
+    if calls == EPOCHS:
+        monkeypatch.setattr(Loop, "one_step", crash)
+    assert_same_run(go(tmp_path / "run", resume=True), whole)
+
+
 def test_ctrl_c_during_the_closing_evaluation(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All training is saved by then; the message is the same, and only the evaluation is repeated."""
-    stop_at(monkeypatch, EPOCHS * STEPS, ask)
+    close = Loop.close
+
+    def asked(self: Loop) -> Any:
+        ask(self)
+        return close(self)
+
+    monkeypatch.setattr(Loop, "close", asked)
     with pytest.raises(Interrupted):
         go(tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
+    monkeypatch.setattr(Loop, "close", close)
     monkeypatch.setattr(Loop, "one_step", crash)
     assert_same_run(go(tmp_path / "run", resume=True), whole)
 

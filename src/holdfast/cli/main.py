@@ -54,10 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         silence(sys.stdout)
         return 0
-    except (MemoryError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            where = error.filename or "standard output"
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            where = error.filename or "the output"
             return _refuse(f"no space left to write {where}: free some and give the same command again")
+        return _refuse(f"{type(error).__name__}: {error}")
+    except MemoryError as error:
         return _refuse(f"{type(error).__name__}: {error}")
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
