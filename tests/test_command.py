@@ -250,7 +250,7 @@ def test_the_issues_options_exist() -> None:
         (["train", "pgd_at", "--data", "digits", "--schedule.knots", "[[1, 0], [0, 1]]"], "rising positions"),
         (["train", "pgd_at", "--data", "digits", "--optimizer.momentum", "fast"], "'fast' is no float or schedule"),
         (["train", "pgd_at", "--data", "digits", "--model.width", "[1"], "--model.width '[1' is no YAML"),
-        (["train", "pgd_at", "--data", "digits", "--model.width", "wide"], "width must be a whole number"),
+        (["train", "pgd_at", "--data", "digits", "--model.width", "wide"], "width is 'wide': give a whole number"),
         (["train", "pgd_at", "--data", "digits", "--training.device", "tpu9"], "use auto, cpu or cuda"),
         (["train", "pgd_at", "--data", "digits", "--training.keep_checkpoints", "0"], "keep_checkpoints is 0"),
         (["train"], "RECIPE is missing"),

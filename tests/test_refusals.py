@@ -438,7 +438,7 @@ def test_a_bad_configuration_file(
         ({"schedule": "flat"}, "'schedule' is 'flat'"),
         ({"schedule": {"knots": []}}, "knots"),
         ({"epochs": "ten"}, "epochs is 'ten'"),
-        ({"label_smoothing": "some"}, "the configuration is wrong"),
+        ({"label_smoothing": "some"}, "label_smoothing is 'some': give a number"),
         ({"views": ["x"]}, "no list of mappings"),
     ],
 )

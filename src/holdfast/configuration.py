@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from holdfast.components import ATTACKS, AUGMENTATIONS, AVERAGES, MIXINGS, OBJECTIVES, STEPS, VIEWS
 from holdfast.errors import HoldfastError, unknown_name
 from holdfast.further_network import FurtherNetwork
 from holdfast.recipe import SGD, Recipe
-from holdfast.schedule import Schedule
-from holdfast.threat import THREATS
+from holdfast.schedule import Scalar, Schedule
+from holdfast.setting_types import check_settings, fits, in_words, shown
+from holdfast.settings import Settings
+from holdfast.threat import THREATS, parse_epsilon
 
-SCALARS = (
-    "epochs",
-    "batch_size",
-    "warmup",
-    "label_smoothing",
-    "gradient_clip",
-    "input_noise",
-    "train_ball",
-    "extra_share",
-    "fine_tuning",
-)
-"""Fields of a recipe that are plain numbers or schedules."""
+SCALARS: dict[str, Any] = {
+    "epochs": int,
+    "batch_size": int,
+    "warmup": float,
+    "label_smoothing": float,
+    "gradient_clip": float | None,
+    "input_noise": Scalar,
+    "train_ball": Scalar | Literal["unbounded"] | None,
+    "extra_share": float,
+    "fine_tuning": bool,
+}
+"""Fields of a recipe that are plain numbers or schedules, and their types."""
 
 
 SINGLE: dict[str, Mapping[str, type[Any]]] = {
@@ -70,13 +73,14 @@ def _network(network: Any) -> dict[str, Any]:
 
 
 def _read_network(name: str, config: Mapping[str, Any]) -> FurtherNetwork:
+    _check_network(name, config)
+    return FurtherNetwork(**config)
+
+
+def _check_network(name: str, config: Mapping[str, Any]) -> None:
     if "class" in config:
         raise HoldfastError(f"network {name!r} was given from Python: run it from Python again, with fit()")
-    known = list(inspect.signature(FurtherNetwork).parameters)
-    for setting in config:
-        if setting not in known:
-            raise unknown_name(f"setting of network {name}", setting, known)
-    return FurtherNetwork(**config)
+    check_settings(f"network {name}", FurtherNetwork, config)
 
 
 def recipe_config(recipe: Recipe) -> dict[str, Any]:
@@ -108,17 +112,26 @@ def build_component(
     """
     if config is None:
         return None
-    settings = {name: value for name, value in config.items() if name != key}
+    check_part(what, config, table, key)
+    return table[config[key]](**{name: value for name, value in config.items() if name != key})
+
+
+def check_part(what: str, config: Mapping[str, Any], table: Mapping[str, type[Any]], key: str = "name") -> None:
+    """Refuse a part's configuration with an unknown name or setting, or a value of another type.
+
+    Raises:
+        HoldfastError: says which; also a part of the user's own, which only Python code can give.
+    """
     name = config.get(key)
-    if name is None:
-        raise HoldfastError(f"{what} {config.get('class')} was given from Python: run it from Python again, with fit()")
-    if name not in table:
-        raise unknown_name(what, name, table)
-    known = list(inspect.signature(table[name]).parameters)
-    for setting in settings:
-        if setting not in known:
-            raise unknown_name(f"setting of {what} {name}", setting, known)
-    return table[name](**settings)
+    if name is None and key == "name":
+        own = shown(config.get("class"))
+        raise HoldfastError(f"{what} {own} was given from Python: run it from Python again, with fit()")
+    if not isinstance(name, str) or name not in table:
+        raise unknown_name(what, name if isinstance(name, str | None) else shown(name), table)
+    settings = {setting: value for setting, value in config.items() if setting != key}
+    if key == "norm" and isinstance(settings.get("epsilon"), str):
+        parse_epsilon(settings.pop("epsilon"))  # text says its own unit
+    check_settings(f"{what} {name}" if key == "name" else "threat", table[name], settings)
 
 
 def build_recipe(config: Mapping[str, Any]) -> Recipe:
@@ -160,12 +173,16 @@ KINDS: dict[str, type[Any]] = {
     "data": str, "model": Mapping, "seed": int, "training": Mapping,
 }  # fmt: skip
 
+_RECIPE_NAME = re.compile(r"[^/\\\0-\x1f]{1,100}")
+_NETWORK_NAME = re.compile(r"[A-Za-z]\w{0,63}", re.ASCII)
+_FROM_DATA = ("num_classes", "channels", "image_size")
+
 
 def check_keys(config: Mapping[str, Any]) -> None:
-    """Refuse a configuration with unknown or missing keys at its top, or with something of the wrong kind below one.
+    """Refuse a configuration with unknown or missing keys, or with values of the wrong kind anywhere.
 
     Raises:
-        HoldfastError: names the key, and the nearest known one.
+        HoldfastError: names the key, and the nearest known one or what it takes.
     """
     for key in config:
         if key not in KEYS:
@@ -174,17 +191,56 @@ def check_keys(config: Mapping[str, Any]) -> None:
         if key not in config:
             raise HoldfastError(f"the configuration lacks {key!r}: start from the config.yaml of a run")
     optional: dict[str, type[Any]] = {section: Mapping for section in (*SINGLE, "networks") if section != "objective"}
-    optional["views"] = list
+    optional |= {"views": list, "init": str}
     for key, kind in (*KINDS.items(), *optional.items()):
         value = config.get(key)
         if value is None and key in optional:
             continue
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise HoldfastError(f"the configuration's {key!r} is {value!r}: write it as in the config.yaml of a run")
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, str) and not fits(value, str)):
+            raise _wrong(key, value)
     for key in ("views", "averages"):
         if not all(isinstance(part, Mapping) for part in config.get(key) or ()):
             raise HoldfastError(
                 f"the configuration's {key!r} is no list of mappings: write - name: … as config.yaml does"
             )
-    if config["threat"].get("norm") not in THREATS:
-        raise unknown_name("threat norm", config["threat"].get("norm"), THREATS)
+    if not isinstance(config["recipe"], str) or not _RECIPE_NAME.fullmatch(config["recipe"]):
+        raise _wrong("recipe", config["recipe"])
+    if not -(2**63) <= config["seed"] < 2**63:
+        raise _wrong("seed", config["seed"])
+    _check_parts(config)
+    _check_model(config["model"])
+
+
+def _check_parts(config: Mapping[str, Any]) -> None:
+    """Compare every value with the type of its setting."""
+    check_part("threat norm", config["threat"], THREATS, "norm")
+    for section, table in SINGLE.items():
+        if config.get(section) is not None:
+            check_part(section, config[section], table)
+    for section, what, table in (("views", "view", VIEWS), ("averages", "average", AVERAGES)):
+        for part in config.get(section) or ():
+            check_part(what, part, table)
+    for name, part in (config.get("networks") or {}).items():
+        if not isinstance(part, Mapping) or not _NETWORK_NAME.fullmatch(name):
+            raise _wrong(f"networks.{name}", part)
+        _check_network(name, part)
+    check_settings("optimizer", SGD, config["optimizer"])
+    check_settings("schedule", Schedule, config["schedule"])
+    check_settings("training", Settings, config["training"])
+    for name, hint in SCALARS.items():
+        if name in config and not fits(config[name], hint):
+            raise HoldfastError(f"{name} is {shown(config[name])}: give {in_words(hint)}")
+
+
+def _check_model(model: Mapping[str, Any]) -> None:
+    """The options of a network that is named are checked where it is built; those of a person's own are its own."""
+    name = model.get("name")
+    if name is not None and not fits(name, str):
+        raise _wrong("model.name", name)
+    for option in _FROM_DATA:
+        if option in model:
+            raise HoldfastError(f"the configuration's model has {option!r}, which the data decides: leave it out")
+
+
+def _wrong(key: str, value: Any) -> HoldfastError:
+    return HoldfastError(f"the configuration's {key!r} is {shown(value)}: write it as in the config.yaml of a run")

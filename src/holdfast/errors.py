@@ -33,6 +33,7 @@ class Damaged(HoldfastError):
 def unknown_name(what: str, name: object, allowed: Iterable[str]) -> HoldfastError:
     """The refusal of a name, with the nearest that exist."""
     allowed = list(allowed)
-    near = difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name)[:80], allowed, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(allowed)}"
-    return HoldfastError(f"{what} {name!r} is unknown: {hint}")
+    shown = repr(name if len(str(name)) <= 80 else f"{str(name)[:70]} …")
+    return HoldfastError(f"{what} {shown} is unknown: {hint}")

@@ -50,7 +50,7 @@ def parse_epsilon(value: float | str) -> float:
     """
     advice = "write it in pixel scale [0, 1], for example 8/255"
     number = parse_fraction(value) if isinstance(value, str) else None
-    if number is not None and number >= 0:
+    if number is not None and 0 <= number < float("inf"):
         return number
     try:
         if isinstance(value, bool):

@@ -15,6 +15,7 @@ from holdfast.errors import HoldfastError, unknown_name
 from holdfast.interruption import Interruption
 from holdfast.streams import replace_missing, silence, tell
 
+_LONGEST = 5000  # signs of a message, which may quote what stands in a file
 _MODULES = {"list": "listing"}
 
 
@@ -86,7 +87,8 @@ def _refuse(message: str) -> int:
         sys.stdout.flush()
     except (OSError, ValueError):
         silence(sys.stdout)
-    tell(f"holdfast: {' '.join(message.split())}")
+    line = " ".join(message.split())[:_LONGEST]
+    tell("holdfast: " + "".join(sign if sign.isprintable() else "?" for sign in line))
     return 2
 
 

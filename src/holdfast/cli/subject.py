@@ -15,6 +15,7 @@ from holdfast.errors import HoldfastError
 from holdfast.models.factory import build
 from holdfast.runs.export import load_model, load_weights, model_folder, read_description, read_weights
 from holdfast.runs.folder import CONFIG, read_config
+from holdfast.setting_types import fits
 from holdfast.threat import ThreatModel, build_threat
 
 
@@ -85,13 +86,21 @@ def load_subject(
     if data is None:
         if not (Path(source) / CONFIG).is_file():
             raise HoldfastError(f"{source} names no data: give --data SOURCE")
-        config = read_config(Path(source) / CONFIG, check=True)
-        if not isinstance(config.get("data"), str) or not isinstance(config.get("training"), dict):
-            raise HoldfastError(f"{Path(source) / CONFIG} names no data: give --data SOURCE")
-        data, image_size = config["data"], image_size or config["training"].get("image_size")
-    found = load(str(data), image_size=image_size)
+        data, own_size = _data_of(Path(source) / CONFIG)
+        image_size = image_size or own_size
+    found = load(data, image_size=image_size)
     require_fit(found, description)
     return Subject(model, found, description, f"{source} ({checkpoint})", checkpoint)
+
+
+def _data_of(file: Path) -> tuple[str, int | None]:
+    """The data that a run's configuration names, and the size that its images are resized to."""
+    config = read_config(file, check=True)
+    data, training = config.get("data"), config.get("training")
+    size: Any = training.get("image_size") if isinstance(training, dict) else ""
+    if not isinstance(data, str) or not fits(size, int | None):
+        raise HoldfastError(f"{file} does not say which data it was trained on: give --data SOURCE")
+    return data, size
 
 
 def names_a_file(source: str) -> bool:

@@ -51,6 +51,8 @@ def _existing(source: str) -> Path:
             require_regular(path)
     except FileNotFoundError:
         raise HoldfastError(_not_found(source)) from None
+    except OSError as error:
+        raise HoldfastError(f"{source[:80]} cannot be read ({error.strerror}): check the path") from None
     return path
 
 

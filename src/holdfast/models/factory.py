@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from holdfast.errors import HoldfastError
@@ -15,10 +16,14 @@ from holdfast.models.classifier import require_at_least
 from holdfast.models.own_file import OwnCode, names_code
 from holdfast.models.preact_resnet import PreActResNet18
 from holdfast.models.resnet import ResNet18
+from holdfast.models.size import require_memory, shapes_of
 from holdfast.models.small_cnn import SmallCNN
 from holdfast.models.table import MODELS
 from holdfast.models.vit import SmallViT
 from holdfast.models.wide_resnet import WideResNet
+from holdfast.setting_types import check_settings, shown
+
+MOST_CHANNELS = 4096
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": SmallCNN,
@@ -69,22 +74,77 @@ def build(
         >>> model(torch.rand(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
+    given, extra = _checked(num_classes, channels, image_size, mean, std, options)
+    if isinstance(name, OwnCode):
+        return _build_from_file(name, given, extra)
+    if names_code(name):
+        return _build_from_file(OwnCode.named(name), given, extra)
+    key, make = _named(name, given, extra)
+    require_memory(shapes_of(make, key), key)
+    return make()
+
+
+def shapes(
+    name: str,
+    *,
+    num_classes: int,
+    channels: int = 3,
+    image_size: tuple[int, int] = (32, 32),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **options: Any,
+) -> dict[str, torch.Size]:
+    """Return the shapes of a named network's parameters and buffers; nothing is allocated, however large it is.
+
+    Args:
+        name: A key of `holdfast.models.table.MODELS`.
+        num_classes: As `build`.
+        channels: As `build`.
+        image_size: As `build`.
+        mean: As `build`.
+        std: As `build`.
+        options: As `build`.
+    Raises:
+        HoldfastError: the name or an option is unknown, or a size is refused.
+    Example:
+        >>> shapes("resnet18", num_classes=10**6)["fc.weight"]
+        torch.Size([1000000, 512])
+    """
+    given, extra = _checked(num_classes, channels, image_size, mean, std, options)
+    key, make = _named(name, given, extra)
+    return shapes_of(make, key)
+
+
+def _checked(
+    num_classes: int,
+    channels: int,
+    image_size: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what every network is given, and what only some take."""
     require_at_least(2, num_classes=num_classes)
     require_at_least(1, channels=channels)
+    if channels > MOST_CHANNELS:
+        raise HoldfastError(f"channels must be at most {MOST_CHANNELS}, got {channels}: images have 1 or 3")
     height, width = _two_sides(image_size)
     given: dict[str, Any] = {"num_classes": num_classes, "channels": channels, "image_size": (height, width)}
     statistics = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
-    extra = {**statistics, **options}
-    if isinstance(name, OwnCode) or names_code(name):
-        return _build_from_file(name if isinstance(name, OwnCode) else OwnCode.named(name), given, extra)
+    return given, {**statistics, **options}
+
+
+def _named(name: str, given: Mapping[str, Any], extra: Mapping[str, Any]) -> tuple[str, Callable[[], nn.Module]]:
+    """Return a network's key in the table, and what builds it."""
     key = name.strip().lower().replace("-", "_")
     if key not in _BUILDERS:
         nearest = difflib.get_close_matches(key, MODELS, n=3) or list(MODELS)
         raise HoldfastError(
-            f"no network is named {name!r}: use {' or '.join(nearest)}, or your own as path/to/file.py:function"
+            f"no network is named {shown(name)}: use {' or '.join(nearest)}, or your own as path/to/file.py:function"
         )
-    builder = _BUILDERS[key]
-    return builder(**_arguments(builder, key, given, extra))
+    arguments = _arguments(_BUILDERS[key], key, given, extra)
+    check_settings(key, _BUILDERS[key], {option: arguments[option] for option in extra})
+    return key, partial(_BUILDERS[key], **arguments)
 
 
 def accepted(name: str | OwnCode, options: Mapping[str, Any]) -> dict[str, Any]:

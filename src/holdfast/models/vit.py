@@ -32,6 +32,9 @@ def default_patch(image_size: tuple[int, int]) -> int:
     return min(divisors, key=lambda side: (abs(8 * side - shorter), side))
 
 
+MOST_BLOCKS = 1000
+
+
 class SelfAttention(nn.Module):
     r"""Multi-head self-attention over tokens.
 
@@ -153,6 +156,8 @@ class SmallViT(ImageClassifier):
         if patch is None:
             patch = default_patch((height, width))
         require_at_least(1, patch=patch)
+        if depth > MOST_BLOCKS:
+            raise HoldfastError(f"depth must be at most {MOST_BLOCKS}, got {depth}: a small network has about 6 blocks")
         if height % patch or width % patch:
             raise HoldfastError(
                 f"patch {patch} does not divide images of {height}x{width}: use patch={default_patch((height, width))}"

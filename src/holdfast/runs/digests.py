@@ -59,8 +59,11 @@ class Hashing:
 
 def of_file(path: Path) -> str:
     """Return the SHA-256 of a file without holding it in memory."""
+    digest = hashlib.sha256()
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ beside a file

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from holdfast.errors import Damaged, HoldfastError
-from holdfast.models.factory import build
+from holdfast.models.factory import build, shapes
 from holdfast.models.own_file import OwnCode, names_code
 from holdfast.models.trust import trusting
 from holdfast.parsing import through_json
+from holdfast.runs.description import check_description
 from holdfast.runs.digests import checked_bytes
 from holdfast.runs.files import read_json, write_json, write_whole
 from holdfast.runs.own_code import write_code
+from holdfast.runs.weights_header import weight_shapes
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 _ADVICE = (
@@ -69,6 +71,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """
     ours = (file.parent / DESCRIPTION).is_file()
     try:
+        weight_shapes(file)
         return load(checked_bytes(file, advice=_ADVICE, unchecked=None if ours else lambda path: None))
     except FileNotFoundError:
         raise HoldfastError(f"{file} is missing: give a run folder, a model folder or a .safetensors file") from None
@@ -83,14 +86,18 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) ->
         HoldfastError: names or shapes differ; the first few are told.
     """
     own = model.state_dict()
-    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
+    _require_same_shapes({name: tensor.shape for name, tensor in own.items()}, state, source)
+    model.load_state_dict(dict(state))
+
+
+def _require_same_shapes(own: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], source: Path) -> None:
+    wrong = [name for name in own if name not in state or tuple(state[name].shape) != tuple(own[name])]
     wrong += [name for name in state if name not in own]
     if wrong:
         raise HoldfastError(
             f"the weights in {source} do not fit the model: {', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}"
             " differ; give the same --model and image size as they were trained with"
         )
-    model.load_state_dict(dict(state))
 
 
 def model_folder(path: Path, checkpoint: str = "best") -> Path:
@@ -109,12 +116,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     """What config.json of a model folder says.
 
     Raises:
-        HoldfastError: missing, damaged, or without what every model folder says.
+        HoldfastError: missing or damaged; without what every model folder says, or with values of other kinds.
     """
     description = read_json(folder / DESCRIPTION, advice=_ADVICE)
-    for key in ("model", "input", "threat"):
-        if not isinstance(description.get(key), dict):
-            raise Damaged(f"{folder / DESCRIPTION} is damaged: it lacks {key!r}", _ADVICE)
+    check_description(description, str(folder / DESCRIPTION))
     return description
 
 
@@ -141,15 +146,18 @@ def load_model(
     """
     folder = model_folder(Path(path), checkpoint)
     description = read_description(folder)
+    spec = description["model"]
+    if model is None and spec.get("name") is None:
+        raise HoldfastError(
+            f"the model in {folder} is a {spec.get('class')} of your own: pass it as load_model(path, model=…)"
+        )
+    weights = read_weights(folder / WEIGHTS)
     if model is None:
-        if description["model"].get("name") is None:
-            raise HoldfastError(
-                f"the model in {folder} is a {description['model'].get('class')} of your own: pass it as"
-                " load_model(path, model=…)"
-            )
+        if not names_code(spec["name"]):  # an absurd size is refused before it is allocated
+            _require_same_shapes(shapes(**spec), weights, folder / WEIGHTS)
         with trusting(trust_code):
             model = rebuild(description, folder)
-    load_weights(model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    load_weights(model, weights, folder / WEIGHTS)
     return model.eval()
 
 
