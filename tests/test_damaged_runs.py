@@ -506,7 +506,7 @@ def test_a_configuration_that_is_damaged_or_gone(tmp_path: Path, capsys: pytest.
     assert f"{file} was changed or damaged" in refused(capsys, "evaluate", out, "--steps", 2)
     assert command("evaluate", out, "--steps", 2, "--data", data) == 0
     file.unlink()
-    assert "names no data: give --data" in refused(capsys, "evaluate", out, "--steps", 2)
+    assert "give --data" in refused(capsys, "evaluate", out, "--steps", 2)
     assert command("train", "--resume", "--out", out) == 0
     assert f"{file} is missing: it is written anew from the checkpoint" in capsys.readouterr().err
     assert file.read_text() == good
@@ -516,4 +516,4 @@ def test_a_configuration_that_is_damaged_or_gone(tmp_path: Path, capsys: pytest.
         capsys, "train", "--resume", "--out", out
     )
     file.write_text("recipe: pgd_at\n")
-    assert "names no data: give --data" in refused(capsys, "evaluate", out, "--steps", 2)
+    assert "give --data" in refused(capsys, "evaluate", out, "--steps", 2)
