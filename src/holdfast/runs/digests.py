@@ -59,8 +59,11 @@ class Hashing:
 
 def of_file(path: Path) -> str:
     """Return the SHA-256 of a file without holding it in memory."""
+    found = hashlib.sha256()
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ beside a file
