@@ -59,11 +59,11 @@ class Hashing:
 
 def of_file(path: Path) -> str:
     """Return the SHA-256 of a file without holding it in memory."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     with open_regular(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ beside a file
