@@ -122,8 +122,8 @@ def test_all_stop_and_go_on(who: str, place: Path, tmp_path: Path) -> None:
     assert ("stopping after this step; once more ends at once" in told) == (who != "second")
     assert not (tmp_path / "run" / "summary.json").exists()
     again = launched(["train", "--resume", "--out", str(tmp_path / "run")])
-    assert again.communicate(timeout=LIMIT)[1]
-    assert again.returncode == 0
+    said = again.communicate(timeout=LIMIT)[1]
+    assert again.returncode == 0, said
     assert_same_run(tmp_path / "run", place / "whole")
 
 
