@@ -24,7 +24,7 @@ from holdfast.cli import demo, evaluate, table
 from holdfast.cli import train as train_verb
 from holdfast.cli.listing import TABLES
 from holdfast.cli.main import _MODULES
-from holdfast.cli.overrides import OPTIONAL, override, section_parser
+from holdfast.cli.overrides import OPTIONAL, override, section_options
 from holdfast.components import ATTACKS
 from holdfast.configuration import build_recipe, recipe_config
 from holdfast.data.sources import load
@@ -241,14 +241,14 @@ def test_the_issues_options_exist() -> None:
         (["train", "pgd_at", "--data", "digits", "--gradient-clip", "0"], "give a positive norm"),
         (["train", "pgd_at", "--data", "digits", "--seed", "-1"], "seed is -1"),
         (["train", "pgd_at", "--data", "digits", "--precision", "fp8"], "'fp8' is unknown"),
-        (["train", "pgd_at", "--data", "digits", "--attack.steps", "abc"], "--attack.steps 'abc' is no int"),
+        (["train", "pgd_at", "--data", "digits", "--attack.steps", "abc"], "steps is 'abc': give a whole number"),
         (["train", "pgd_at", "--data", "digits", "--attack.steps", "-1"], "steps is -1"),
         (["train", "pgd_at", "--data", "digits", "--attack.step_size", "2"], "write 2/255 if that was meant"),
         (["train", "pgd_at", "--data", "digits", "--averages.ema.decay", "1.5"], "EMA decay is 1.5"),
         (["train", "pgd_at", "--data", "digits", "--averages.ema.buffers", "x"], "'x' is unknown: use average or keep"),
-        (["train", "pgd_at", "--data", "digits", "--schedule.knots", "5"], "'5' is no list"),
+        (["train", "pgd_at", "--data", "digits", "--schedule.knots", "5"], "knots is '5': give a list of lists"),
         (["train", "pgd_at", "--data", "digits", "--schedule.knots", "[[1, 0], [0, 1]]"], "rising positions"),
-        (["train", "pgd_at", "--data", "digits", "--optimizer.momentum", "fast"], "'fast' is no float or schedule"),
+        (["train", "pgd_at", "--data", "digits", "--optimizer.momentum", "fast"], "is 'fast': give a number or a"),
         (["train", "pgd_at", "--data", "digits", "--model.width", "[1"], "--model.width '[1' is no YAML"),
         (["train", "pgd_at", "--data", "digits", "--model.width", "wide"], "width is 'wide': give a whole number"),
         (["train", "pgd_at", "--data", "digits", "--training.device", "tpu9"], "use auto, cpu or cuda"),
@@ -495,7 +495,7 @@ def test_options_in_a_docstring_can_be_typed(name: str) -> None:
         if (name, option) in FOREIGN:
             continue
         before = base_of_a_run(name)
-        plain, parts = train_verb.parser()._option_string_actions, section_parser(before)._option_string_actions
+        plain, parts = train_verb.parser()._option_string_actions, section_options(before)
         assert option in {*plain, *parts, *(f"--{section}" for section in OPTIONAL)}, f"{option} is no option"
         if value and value not in GOES_ON:
             asked, rest = train_verb.parser().read_known([option, value.strip("'")])

@@ -47,6 +47,15 @@ def require_regular(path: Path) -> int:
     return found.st_size
 
 
+def is_regular(path: Path) -> bool:
+    """Whether there is a regular file; a path that cannot be looked at is none."""
+    try:
+        require_regular(path)
+    except (HoldfastError, FileNotFoundError):
+        return False
+    return True
+
+
 def open_regular(path: Path) -> IO[bytes]:
     """Open a regular file for reading bytes; never waits.
 

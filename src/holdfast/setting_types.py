@@ -156,4 +156,9 @@ _WORDS = {
     None: "null",
     type(None): "null",
 }
-_PLURALS = {"a number": "numbers", "a whole number": "whole numbers", "text": "words", "a list of numbers": "lists"}
+_PLURALS = {
+    "a number": "numbers",
+    "a whole number": "whole numbers",
+    "text": "words",
+    "a list of numbers": "lists of numbers",
+}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from holdfast.errors import HoldfastError
 from holdfast.keyed_random import Key, normal, uniform
+from holdfast.setting_types import shown
 
 _FRACTION = re.compile(r"\s*([-+]?\d+(?:\.\d*)?|[-+]?\.\d+)\s*/\s*(\d+(?:\.\d*)?|\.\d+)\s*")
 
@@ -57,9 +58,9 @@ def parse_epsilon(value: float | str) -> float:
             raise TypeError
         number = float(value) if number is None else number
     except (TypeError, ValueError):
-        raise HoldfastError(f"epsilon {value!r} is not a number: {advice}") from None
+        raise HoldfastError(f"epsilon {shown(value)} is not a number: {advice}") from None
     if not 0 <= number < float("inf"):
-        raise HoldfastError(f"epsilon {value} is negative or not finite: {advice}")
+        raise HoldfastError(f"epsilon {shown(value)} is negative or not finite: {advice}")
     if number > 1:
         raise HoldfastError(
             f"epsilon {number:g} is above 1, but pixels lie in [0, 1]: write {number:g}/255 if that was meant,"

@@ -1,26 +1,30 @@
-"""`--section.key value`: every setting of every part of a recipe, checked against the part's own signature."""
+"""`--section.key value`: every setting of every part of a recipe, checked against the part's own signature.
+
+Values are parsed here and compared with the annotations. jsonargparse, which could read them too, parses YAML without
+limits, opens files and imports classes that a value names; it only writes the help text.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
-import re
-from argparse import SUPPRESS, ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from argparse import SUPPRESS
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser, set_loader
+from jsonargparse import ArgumentParser
 
 from holdfast.cli.arguments import unknown_option
 from holdfast.components import AVERAGES, VIEWS
-from holdfast.configuration import SINGLE, build_component, settings_of
+from holdfast.configuration import SINGLE, settings_of
 from holdfast.errors import HoldfastError, unknown_name
 from holdfast.further_network import FurtherNetwork
 from holdfast.parsing import parse_yaml
 from holdfast.recipe import SGD
 from holdfast.schedule import Schedule
-from holdfast.setup import Settings
+from holdfast.setting_types import fits, hints_of, in_words, shown
+from holdfast.settings import Settings
 from holdfast.threat import THREATS, parse_fraction
 
 Config = dict[str, Any]
@@ -49,38 +53,71 @@ def override(config: Mapping[str, Any], words: Sequence[str], plain: Sequence[st
     for word in model:
         key, _, value = word[len("--model.") :].partition("=")
         config["model"][key] = parse_yaml(
-            value, f"--model.{key} {shortened(value)}", advice="give a number, a word or a list", typed=True
+            value, f"--model.{key} {shown(value)}", advice="give a number, a word or a list", typed=True
         )
-    words = [_with_number(word) for word in words if word and word not in model]
-    if not words:
-        return config
-    parser = section_parser(config)
-    words = [word for word in words if not _take_out(config, word)]
-    known = list(parser._option_string_actions)
-    words = [part for word in words for part in _each_setting(word, known)]
-    options = [word[2:].partition("=")[0].split(".") for word in words]
-    touched = {(option[0], option[1]) for option in options if option[0] in ("averages", "views") and len(option) > 1}
+    words = [word for word in words if word and word not in model]
+    known = section_options(config)
+    words = [part for word in words if not _take_out(config, word) for part in _each_setting(word, known)]
     for word in words:
-        if not word.startswith("--") or word.partition("=")[0] not in known:
+        option, _, text = word.partition("=")
+        if option not in known:
             raise unknown_option(word, [*plain, *known])
-    try:
-        read = parser.parse_args(words).as_dict()
-    except ArgumentError as error:
-        raise HoldfastError(_one_line(str(error))) from None
-    for section in ("threat", *SINGLE, "optimizer", "schedule", "training"):
-        if section in read:
-            config[section] = {**(config[section] or {}), **read[section]}
-    for name, settings in read.get("networks", {}).items():
-        config["networks"][name] = {**config["networks"][name], **settings}
-    for section, _, table in LISTS:
-        parts = config.get(section) or []
-        present = [part["name"] for part in parts]
-        new = [{"name": name} for name in table if (section, name) in touched and name not in present]
-        first = [part for part in new if getattr(table[part["name"]], "writes_back", False)]  # others read its result
-        config[section] = [*first, *parts, *(part for part in new if part not in first)]
-        for part in config[section]:
-            part.update(read[section][part["name"]])
+        section, *part, key = option[2:].split(".")
+        _settings(config, section, part)[key] = _value(option, text, known[option])
     return config
+
+
+def section_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options ``--section.key`` of a configuration, each with the type of its value."""
+    parts: dict[str, type[Any]] = {"threat": THREATS[config["threat"]["norm"]]}
+    for name, part in (config.get("networks") or {}).items():
+        if "class" not in part:
+            parts[f"networks.{name}"] = FurtherNetwork
+    parts |= {section: table[config[section]["name"]] for section, table in SINGLE.items() if config.get(section)}
+    parts |= {f"{section}.{name}": kind for section, _, table in LISTS for name, kind in table.items()}
+    parts |= {"optimizer": SGD, "schedule": Schedule, "training": Settings}
+    options = {f"--{part}.{key}": hint for part, kind in parts.items() for key, hint in hints_of(kind).items()}
+    del options["--threat.epsilon"]  # a plain option
+    return options
+
+
+def _settings(config: Config, section: str, part: Sequence[str]) -> Config:
+    """The settings of a section, or of one of its parts, which is added where it is not there."""
+    if not part:
+        return config[section]
+    if section == "networks":
+        return config[section][part[0]]
+    table = next(table for name, _, table in LISTS if name == section)
+    parts: list[Config] = config.get(section) or []
+    for present in parts:
+        if present["name"] == part[0]:
+            return present
+    new = {"name": part[0], **settings_of(table[part[0]]())}
+    is_first = getattr(table[part[0]], "writes_back", False)  # others read its result
+    config[section] = [new, *parts] if is_first else [*parts, new]
+    return new
+
+
+def _value(option: str, text: str, hint: Any) -> Any:
+    """What was typed, as a value of a setting's type. What is no plain YAML can only be text."""
+    kinds = [
+        kind for kind in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)) if kind is not str
+    ]
+    number = parse_fraction(text)
+    value: Any = number
+    try:
+        value = _typed(text) if number is None else number
+    except HoldfastError:
+        kinds = []
+    for kind in kinds:
+        if fits(value, kind):
+            return float(value) if kind is float else value
+    if fits(text, hint) and str in (hint, *get_args(hint)):
+        return text
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if words and len(kinds) == 1:
+        raise HoldfastError(f"{option} {shown(text)} is unknown: use {' or '.join(words)}")
+    raise HoldfastError(f"{option} is {shown(text)}: give {in_words(hint)}; `holdfast train RECIPE --help` lists them")
 
 
 def _take_out(config: Config, word: str) -> bool:
@@ -113,7 +150,7 @@ def _choose_kind(config: Config, word: str) -> str:
     return word
 
 
-def _each_setting(word: str, known: Sequence[str]) -> list[str]:
+def _each_setting(word: str, known: Collection[str]) -> list[str]:
     """Return ``--views.worst_weights={gamma: 0.1, steps: 2}`` as one word for each setting, others as they are."""
     option, _, value = word.partition("=")
     if option in known or not any(name.startswith(f"{option}.") for name in known):
@@ -125,101 +162,39 @@ def _each_setting(word: str, known: Sequence[str]) -> list[str]:
     return [f"{option}.{key}={text}" for key, text in texts.items()]
 
 
-def _with_number(word: str) -> str:
-    """Fractions as numbers; epsilon keeps its text, which says its own unit."""
-    name, equals, value = word.partition("=")
-    number = parse_fraction(value)
-    return word if number is None else f"{name}{equals}{number!r}"
-
-
 def _typed(text: str) -> Any:
-    """Return what a value of the command line means; jsonargparse takes for text what is no plain YAML."""
-    return parse_yaml(text, shortened(text), advice="give a number, a word or a list", typed=True)
+    """Return what a value of the command line means."""
+    return parse_yaml(text, shown(text), advice="give a number, a word or a list", typed=True)
 
 
-set_loader("plain", _typed, exceptions=(HoldfastError,))
-
-
-def section_parser(config: Mapping[str, Any], prog: str = "holdfast train") -> ArgumentParser:
-    """A parser of all sections, with the configuration's values as defaults. It imports nothing that a value names."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False, parser_mode="plain")
+def explained(config: Mapping[str, Any], prog: str) -> str:
+    """The help text of all sections of a recipe's configuration."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False)
     parser.add_class_arguments(THREATS[config["threat"]["norm"]], "threat", skip={"epsilon"})
     defaults: Config = {
         f"threat.{key}": value for key, value in config["threat"].items() if key not in ("norm", "epsilon")
     }
     for name, part in (config.get("networks") or {}).items():
-        if "class" not in part:
-            parser.add_class_arguments(FurtherNetwork, f"networks.{name}")
-            defaults |= {f"networks.{name}.{key}": value for key, value in part.items()}
+        parser.add_class_arguments(FurtherNetwork, f"networks.{name}")
+        defaults |= {f"networks.{name}.{key}": value for key, value in part.items()}
     for section, table in SINGLE.items():
         part = config.get(section)
         if part is not None:
-            build_component(section, part, table)  # unknown names are refused in our words
             parser.add_class_arguments(table[part["name"]], section)
             defaults |= {f"{section}.{key}": value for key, value in part.items() if key != "name"}
-    for section, what, table in LISTS:
+    for section, _, table in LISTS:
         for name, kind in table.items():
             parser.add_class_arguments(kind, f"{section}.{name}")
         for part in config.get(section) or ():
-            build_component(what, part, table)
             defaults |= {f"{section}.{part['name']}.{key}": value for key, value in part.items() if key != "name"}
     for section, kind in (("optimizer", SGD), ("schedule", Schedule), ("training", Settings)):
         parser.add_class_arguments(kind, section)
         defaults |= {f"{section}.{key}": value for key, value in config[section].items()}
-    for action in list(parser._actions):
+    for action in parser._actions:
         hint = getattr(action, "_typehint", None)
-        if hint is not None:
-            action._typehint = _importing_nothing(hint)  # type: ignore[attr-defined]
-        elif (
-            action.metavar == "CONFIG"
-        ):  # --attack FILE_OR_CLASS: jsonargparse would read the file, or import the class
-            parser._remove_action(action)
+        if get_origin(hint) in (Union, UnionType):  # functions are given from Python only
+            action._typehint = Union[tuple(kind for kind in get_args(hint) if get_origin(kind) is not Callable)]  # type: ignore[attr-defined]  # noqa: UP007
+        elif action.metavar == "CONFIG":  # whole sections are not read from files
             action.help = SUPPRESS
-            for option in action.option_strings:
-                del parser._option_string_actions[option]
-    try:
-        parser.set_defaults(defaults)
-    except (ArgumentError, KeyError, TypeError, ValueError) as error:
-        raise HoldfastError(f"the configuration is wrong: {_one_line(str(error))}") from None
-    return parser
-
-
-def _importing_nothing(hint: Any) -> Any:
-    """Return a type hint for which jsonargparse imports nothing.
-
-    It imports the function that a word names where a Callable is expected, and the ``class_path`` of a mapping where
-    anything is expected. So functions cannot be given here, and a mapping holds what a schedule has.
-    """
-    if get_origin(hint) in (Union, UnionType):
-        kinds = [_importing_nothing(kind) for kind in get_args(hint) if get_origin(kind) is not Callable]
-        return Union[tuple(kinds)]  # noqa: UP007
-    if get_origin(hint) is Mapping:
-        return dict[str, str | Sequence[Sequence[float]]]
-    return hint
-
-
-def shortened(value: str) -> str:
-    """Return a value as a message shows it."""
-    return repr(value if len(value) <= 60 else f"{value[:50]} …")
-
-
-def _one_line(message: str) -> str:
-    """What jsonargparse says, in a line."""
-    key = re.search(r'key "([^"]+)"', message)
-    kinds = re.findall(r"Expected an? (?:<class ')?([^\n]+?)(?:'>|\. Got|$)", message, re.MULTILINE)
-    value = re.search(r"(?:Got|Given) value: ([^\n]*)", message)
-    if key and kinds and value:
-        words = re.findall(r"'([^']+)'", kinds[0]) if kinds[0].startswith("typing.Literal") else []
-        if words:
-            return f"--{key.group(1)} {value.group(1).strip()!r} is unknown: use {' or '.join(words)}"
-        names = {
-            "collections.abc.Sequence": "list",
-            "collections.abc.Mapping": "schedule",
-            "dict": "schedule",
-            "NoneType": "null",
-        }
-        expected = " or ".join(str(names.get(kind, kind)).removeprefix("typing.") for kind in kinds)
-        return f"--{key.group(1)} {value.group(1).strip()!r} is no {expected}: see `holdfast train RECIPE --help`"
-    if key and value:
-        return f"--{key.group(1)} cannot be {value.group(1).strip()!r}: see `holdfast train RECIPE --help`"
-    return " ".join(message.split())[:300]
+    parser.set_defaults(defaults)
+    return parser.format_help()

@@ -17,6 +17,7 @@ from holdfast.runs.export import load_model, load_weights, model_folder, read_de
 from holdfast.runs.folder import CONFIG, read_config
 from holdfast.setting_types import fits
 from holdfast.threat import ThreatModel, build_threat
+from holdfast.zip_files import require_plain_torch_file
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def _data_of(file: Path) -> tuple[str, int | None]:
     """The data that a run's configuration names, and the size that its images are resized to."""
     config = read_config(file, check=True)
     data, training = config.get("data"), config.get("training")
-    size: Any = training.get("image_size") if isinstance(training, dict) else ""
-    if not isinstance(data, str) or not fits(size, int | None):
+    size = training.get("image_size") if isinstance(training, dict) else None
+    if not isinstance(data, str) or not isinstance(training, dict) or not fits(size, int | None):
         raise HoldfastError(f"{file} does not say which data it was trained on: give --data SOURCE")
     return data, size
 
@@ -140,9 +141,12 @@ def read_state(file: Path) -> dict[str, Any]:
     import torch
 
     try:
+        require_plain_torch_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise HoldfastError(f"{file} is missing: give a .safetensors, .pt or .pth file") from None
+    except HoldfastError:
+        raise
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError) as error:
         raise HoldfastError(f"{file} holds no weights ({type(error).__name__}): save model.state_dict()") from None
     for key in ("state_dict", "model_state_dict", "model"):

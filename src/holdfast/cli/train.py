@@ -289,7 +289,7 @@ def explain(options: Parser, argv: Sequence[str]) -> int:
         return 0
     from dataclasses import asdict
 
-    from holdfast.cli.overrides import section_parser
+    from holdfast.cli.overrides import explained
     from holdfast.configuration import recipe_config
     from holdfast.recipes import recipe_by_name
     from holdfast.setup import Settings
@@ -298,5 +298,5 @@ def explain(options: Parser, argv: Sequence[str]) -> int:
     built = recipe(epsilon="8/255")
     print((recipe.__doc__ or "").strip(), "\n\nits settings, for epsilon 8/255:\n")
     config = {**recipe_config(built), "training": asdict(Settings())}
-    print(section_parser(config, f"holdfast train {built.name}").format_help().partition("\n\n")[2])
+    print(explained(config, f"holdfast train {built.name}").partition("\n\n")[2])
     return 0

@@ -23,9 +23,9 @@ from holdfast.data.limits import Room
 from holdfast.data.unpacking import DEFLATE_RATIO, read_into
 from holdfast.errors import HoldfastError
 from holdfast.regular_files import open_regular, readable_size
+from holdfast.zip_files import open_zip
 
 _PLAIN_TYPES = re.compile(r"[<>|=]?[?biufcSU][0-9]{0,9}")
-_MEMBER_LIST = 4 << 20  # bytes of the list of members: 50,000 of them
 _HEADER = 10_000  # bytes; NumPy's own limit
 _LONGEST_EMPTY = 1 << 20  # length of an array that has no elements
 
@@ -100,39 +100,12 @@ def open_archive(source: Path | IO[bytes], where: str, room: Room) -> Iterator[A
     """
     try:
         file = open_regular(source) if isinstance(source, Path) else source
-        with file, zipfile.ZipFile(_Cautious(file)) as archive:
+        with file, open_zip(file) as archive:
             yield ArrayArchive(archive, where, room)
     except HoldfastError:
         raise
     except (ValueError, OSError, EOFError, LookupError, zipfile.BadZipFile, zlib.error, struct.error) as error:
         raise _unreadable(where, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-
-
-class _Cautious(io.BufferedIOBase):
-    """A file that refuses to read very much at once: a zip archive's list of members is read whole."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > _MEMBER_LIST:
-            raise zipfile.BadZipFile(f"its list of members has {readable_size(size)}")
-        content = self._file.read(_MEMBER_LIST + 1 if size is None or size < 0 else size)
-        if len(content) > _MEMBER_LIST:
-            raise zipfile.BadZipFile("its list of members is too long")
-        return content
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
 
 
 def _header(stream: io.BufferedIOBase | IO[bytes], where: str) -> tuple[np.dtype, bool, tuple[int, ...], int]:

@@ -13,6 +13,7 @@ import torch
 from holdfast.errors import Damaged, HoldfastError
 from holdfast.runs.digests import beside, matches, of_file, tell_unchecked
 from holdfast.runs.files import full_disk_told, remove_hashed, write_whole
+from holdfast.zip_files import require_plain_torch_file
 
 FOLDER = "checkpoints"
 
@@ -77,6 +78,7 @@ def load_checkpoint(path: Path, *, check: bool = True) -> dict[str, Any]:
     """
     right = None
     try:
+        require_plain_torch_file(path)
         if check:
             right = matches(path, of_file(path))
             if right is None:

@@ -16,6 +16,7 @@ from holdfast.models.factory import build, shapes
 from holdfast.models.own_file import OwnCode, names_code
 from holdfast.models.trust import trusting
 from holdfast.parsing import through_json
+from holdfast.regular_files import is_regular
 from holdfast.runs.description import check_description
 from holdfast.runs.digests import checked_bytes
 from holdfast.runs.files import read_json, write_json, write_whole
@@ -102,10 +103,10 @@ def _require_same_shapes(own: Mapping[str, Sequence[int]], state: Mapping[str, T
 
 def model_folder(path: Path, checkpoint: str = "best") -> Path:
     """The model folder that a run folder, or a model folder itself, stands for."""
-    if (path / DESCRIPTION).is_file():
+    if is_regular(path / DESCRIPTION):
         return path
     folder = path / ("model" if checkpoint == "best" else "last")
-    if not (folder / DESCRIPTION).is_file():
+    if not is_regular(folder / DESCRIPTION):
         raise HoldfastError(
             f"{path} holds no trained model ({folder.name}/{DESCRIPTION} is missing): give a run folder"
         )

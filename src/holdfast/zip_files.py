@@ -1,0 +1,80 @@
+"""Opening zip archives that somebody else may have made, and the files of `torch.save`, which are such archives."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import IO
+
+from holdfast.errors import HoldfastError
+from holdfast.regular_files import open_regular, readable_size
+
+_MEMBER_LIST = 4 << 20  # bytes of the list of members: 50,000 of them
+_MOST_PICKLED = 8 << 20  # bytes of a torch file that say how its tensors lie; a large network's have 0.3 MB
+
+
+def open_zip(file: IO[bytes]) -> zipfile.ZipFile:
+    """Open an archive whose list of members has a sound length; the list is read whole, whatever length is declared.
+
+    Raises:
+        zipfile.BadZipFile: it is no archive, or its list is too long.
+    """
+    return zipfile.ZipFile(_Cautious(file))
+
+
+def require_plain_torch_file(path: Path) -> None:
+    """Refuse a file of `torch.save` that unpacks to more than it has; files of before torch 1.6 are let through.
+
+    Torch stores its records unpacked, but it reads packed ones too, of which a megabyte can hold a gigabyte.
+
+    Raises:
+        HoldfastError: it is no regular file, a record is packed, or the records take more than the file.
+        FileNotFoundError: it is missing.
+    """
+    with open_regular(path) as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        if not is_zip:
+            return
+        try:
+            members = open_zip(file).infolist()
+        except (zipfile.BadZipFile, OSError, ValueError, LookupError, EOFError) as error:
+            raise HoldfastError(f"{path} is damaged ({str(error)[:200]}): restore it") from error
+    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if packed or sum(member.file_size for member in members) > size:
+        raise HoldfastError(f"{path} is packed as torch.save does not pack: save it again with torch.save")
+    for member in members:
+        if member.filename.endswith("data.pkl") and member.file_size > _MOST_PICKLED:
+            raise HoldfastError(
+                f"{path} describes its tensors in {readable_size(member.file_size)}, at most"
+                f" {readable_size(_MOST_PICKLED)} are read: save the state of the network alone"
+            )
+
+
+class _Cautious(io.BufferedIOBase):
+    """A file that refuses to read very much at once."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MEMBER_LIST:
+            raise zipfile.BadZipFile(f"its list of members has {readable_size(size)}")
+        content = self._file.read(_MEMBER_LIST + 1 if size is None or size < 0 else size)
+        if len(content) > _MEMBER_LIST:
+            raise zipfile.BadZipFile("its list of members is too long")
+        return content
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
