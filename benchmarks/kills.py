@@ -28,7 +28,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-TIMES = ("seconds", "images_per_second", "seconds_left", "epoch_began")
+TIMES = ("seconds", "images_per_second", "seconds_left", "epoch_began", "metrics", "sha256")
+"""What the clock decides: times, the checkpoint's copy of metrics.jsonl, and the digest of a file with times."""
 TRAIN = ["train", "piat_nmse", "--data", "digits", "--model.width", "4", "--epochs", "3", "--precision", "fp32"]
 TRAIN += ["--training.device", "cpu", "--training.checkpoint_minutes", "0", "--attack.steps", "2"]
 TRAIN += ["--training.validation_steps", "2", "--training.test_steps", "5", "--averages.ema.decay", "0.9"]
