@@ -334,20 +334,23 @@ def test_a_run_whose_folder_goes(
         assert files(run) == {LOCK: b"", CONFIG: b"recipe: another\n"}
 
 
-@pytest.mark.parametrize("when", ["in the first unit", "in the second unit", "before the summary"])
+@pytest.mark.parametrize("when", ["in the first unit", "in the second unit", "before the summary", "after the log"])
 def test_an_evaluation_whose_folder_goes(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same."""
-    from holdfast.evaluation import results
+    from holdfast.evaluation import results, robustness
 
     out, calls = tmp_path / "evaluation", []
-    owner: Any = results if when == "before the summary" else Pursuit
-    name = "summarize" if when == "before the summary" else "run"
+    owners: dict[str, tuple[Any, str]] = {
+        "before the summary": (results, "summarize"),
+        "after the log": (robustness, "write_text"),  # the second of its files, after images.csv
+    }
+    owner, name = owners.get(when, (Pursuit, "run"))
     before = getattr(owner, name)
 
     def then(*arguments: Any, **more: Any) -> Any:
         result = before(*arguments, **more)
         calls.append(name)
-        if len(calls) == (2 if when == "in the second unit" else 1):
+        if len(calls) == (2 if when in ("in the second unit", "after the log") else 1):
             shutil.rmtree(out)
         return result
 
