@@ -194,7 +194,8 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
         "import ctypes, os, signal, sys, time\nfrom holdfast import interruption\n"
         "from holdfast.interruption import Interruption\ninterruption.COPIES, interruption.GRACE = 0.0, 0.1\n"
     )
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", begin + code], capture_output=True, text=True)
+    words = [sys.executable, "-W", "ignore", "-c", begin + code]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60)
 
 
 BLOCKED = """

@@ -364,9 +364,8 @@ def test_asked_to_stop_during_a_validation(
     with pytest.raises(Interrupted):
         go(tmp_path / "run")
     assert seen[-1] == calls - 1
-    assert (
-        len(metrics(tmp_path / "run")) == calls - 1 if calls > 1 else not (tmp_path / "run/metrics.jsonl").read_text()
-    )
+    lines = tmp_path / "run" / "metrics.jsonl"
+    assert (len(metrics(tmp_path / "run")) if lines.exists() else 0) == calls - 1
     assert checkpoints(tmp_path / "run")[-1].name == f"step-{calls * STEPS:010d}.pt"
     assert torch.load(checkpoints(tmp_path / "run")[-1], weights_only=True)["averaged"]
     monkeypatch.undo()

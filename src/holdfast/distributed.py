@@ -41,9 +41,14 @@ def start_from_environment() -> bool:
     return True
 
 
-def stop() -> None:
-    """Leave the group."""
-    if dist.is_available() and dist.is_initialized():
+def stop(*, after_error: bool = False) -> None:
+    """Leave the group.
+
+    Args:
+        after_error: Whether this process ends before the others. NCCL would then wait for what they still expect of it,
+            so the group is left to the end of the process, by which a launcher and the others notice.
+    """
+    if dist.is_available() and dist.is_initialized() and not (after_error and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 

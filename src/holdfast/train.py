@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -112,7 +113,7 @@ def fit(
             return FinishedRun(path, _train(setup, path, lock, shown, interruption, resume=resume))
     finally:
         if started:
-            distributed.stop()
+            distributed.stop(after_error=sys.exc_info()[0] is not None)
 
 
 def _train(

@@ -59,7 +59,7 @@ def test_it_stops_after_the_pass(number: int, whole: Any, tmp_path: Path, monkey
     assert stopped.value.number == number
     assert passes.count(3) == 2
     assert [signal.getsignal(each) for each in SIGNALS] == before
-    assert sorted(path.name for path in (tmp_path / "e" / "units").iterdir()) == ["000000.jsonl", "000001.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "e" / "units").glob("*.jsonl")) == ["000000.jsonl", "000001.jsonl"]
     monkeypatch.undo()
     again = at_pass(monkeypatch, 0, lambda: None)
     assert go(tmp_path / "e") == whole
@@ -104,7 +104,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert command(*words) == 128 + signal.SIGTERM
     told = capsys.readouterr().err.splitlines()[-1]
     assert told == "holdfast: stopped; finished units are kept: give the same command again to go on"
-    assert len(list((out / "units").iterdir())) == 1
+    assert len(list((out / "units").glob("*.jsonl"))) == 1
     assert command(*words) == 0
     rows = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     assert len(rows) == 24

@@ -43,10 +43,14 @@ def unguarded(node: ast.AST) -> Iterator[ast.Call]:
 
 
 def test_every_write_tells_of_a_full_disk() -> None:
-    """No file of the package is written without it. The search finds what it should."""
+    """No file of the package is written without it, but for the trust store, which training does without.
+
+    The search finds what it should.
+    """
     found = [
         f"{path.name}:{call.lineno} {ast.unparse(call)}"
         for path in Path(holdfast.__file__).parent.rglob("*.py")
+        if path.name != "trust.py"  # its refusals become a note: test_a_store_that_cannot_be_written_is_told
         for call in unguarded(ast.parse(path.read_text()))
     ]
     assert found == []

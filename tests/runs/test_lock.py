@@ -87,26 +87,35 @@ def test_what_another_put_there_is_left(tmp_path: Path) -> None:
 
 
 HOLDER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from holdfast.runs.lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]), work="training in", kept_for="config.yaml")
 lock.take()
+holder = os.getpid()
+if sys.argv[2] == "with a child" and os.fork() == 0:
+    limit = time.monotonic() + 60
+    while os.getppid() == holder and time.monotonic() < limit:
+        time.sleep(0.01)
+    time.sleep(5)  # it outlives its parent, as a compiler's worker may
+    os._exit(0)
 print("held", flush=True)
 time.sleep(600)
 """
 
 
-def test_a_killed_holder_blocks_nobody(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["alone", "with a child"])
+def test_a_killed_holder_blocks_nobody(how: str, tmp_path: Path) -> None:
     """The system lets go of a process's locks; a file that only says that somebody is there would stay."""
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-W", "ignore", "-c", HOLDER, str(tmp_path / "run"), how]
+    holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
-    with holder:
+    with holder.stdout:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(HoldfastError, match=REFUSED):
             lock_of(tmp_path / "run").take()
         holder.send_signal(signal.SIGKILL)
-    assert holder.returncode == -signal.SIGKILL
+        assert holder.wait() == -signal.SIGKILL
     assert (tmp_path / "run" / LOCK).exists()
     lock = lock_of(tmp_path / "run")
     lock.take()
@@ -334,20 +343,23 @@ def test_a_run_whose_folder_goes(
         assert files(run) == {LOCK: b"", CONFIG: b"recipe: another\n"}
 
 
-@pytest.mark.parametrize("when", ["in the first unit", "in the second unit", "before the summary"])
+@pytest.mark.parametrize("when", ["in the first unit", "in the second unit", "before the summary", "after the log"])
 def test_an_evaluation_whose_folder_goes(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same."""
-    from holdfast.evaluation import results
+    from holdfast.evaluation import results, robustness
 
     out, calls = tmp_path / "evaluation", []
-    owner: Any = results if when == "before the summary" else Pursuit
-    name = "summarize" if when == "before the summary" else "run"
+    owners: dict[str, tuple[Any, str]] = {
+        "before the summary": (results, "summarize"),
+        "after the log": (robustness, "write_text"),  # the second of its files, after images.csv
+    }
+    owner, name = owners.get(when, (Pursuit, "run"))
     before = getattr(owner, name)
 
     def then(*arguments: Any, **more: Any) -> Any:
         result = before(*arguments, **more)
         calls.append(name)
-        if len(calls) == (2 if when == "in the second unit" else 1):
+        if len(calls) == (2 if when in ("in the second unit", "after the log") else 1):
             shutil.rmtree(out)
         return result
 

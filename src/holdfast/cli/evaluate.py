@@ -95,7 +95,7 @@ def _evaluate(asked: Namespace) -> int:
         raise Stopped("stopped; finished units are kept: give the same command again to go on", number) from None
     finally:
         if started:
-            distributed.stop()
+            distributed.stop(after_error=sys.exc_info()[0] is not None)
     if first:
         tell(asked, found)
     flagged = [flag.name for result in found for flag in result.flags]
