@@ -181,6 +181,34 @@ def test_a_signal_that_came_too_late_is_handed_on(number: int, heard: list[int])
     assert heard == [number]
 
 
+def test_a_signal_while_handlers_are_set_or_put_back(monkeypatch: pytest.MonkeyPatch, heard: list[int]) -> None:
+    """Neither is cut short: before the work it ends it, after it what is around hears of it."""
+    getsignal, put_back = signal.getsignal, Interruption._put_back
+    before = [getsignal(number) for number in SIGNALS]
+
+    def asked(number: int) -> Any:
+        if number == signal.SIGTERM:
+            signal.raise_signal(signal.SIGINT)  # for which the handler is set by now
+        return getsignal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", asked)
+        with pytest.raises(Stopped) as stopped, Interruption():
+            pytest.fail("the work was begun")
+    assert stopped.value.number == signal.SIGINT
+    assert [getsignal(number) for number in SIGNALS] == before
+
+    def late(self: Interruption, wakeup: int) -> None:
+        signal.raise_signal(signal.SIGHUP)
+        put_back(self, wakeup)
+
+    monkeypatch.setattr(Interruption, "_put_back", late)
+    with Interruption():
+        pass
+    assert heard == [signal.SIGHUP]
+    assert [getsignal(number) for number in SIGNALS] == before
+
+
 def test_the_message_names_the_command() -> None:
     """Also after a second signal, with the path as a shell takes it."""
     assert str(Interrupted(Path("a run"))) == "stopped; go on with: holdfast train --resume --out 'a run'"

@@ -65,8 +65,8 @@ class Interruption:
         self._what = ""  # what is being finished; nothing: the first signal already ends
         self._finished = ""  # what was being finished when the first signal came
         self._first: float | None = None  # when the first signal came
-        self._leaving = False
-        self._late: int | None = None  # a signal that came while the handlers were put back
+        self._busy = False  # handlers are being set or put back, and must not be interrupted
+        self._late: int | None = None  # a signal that came meanwhile
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._wakeup = -1
@@ -89,18 +89,17 @@ class Interruption:
 
     def _hear(self, number: int, frame: FrameType | None = None) -> None:
         """Handle a signal, in the main thread."""
-        if self._leaving:
-            self._late = number
-            return
         now = time.monotonic()
-        if self._first is None:
+        if self._busy:
+            if self._first is None or now - self._first >= self._copies:
+                self._late = number
+        elif self._first is None:
             self._first, self.number = now, int(number)
-            if self._what:
-                self.asked, self._finished = True, self._what
-                return
-        elif now - self._first < self._copies:
-            return
-        raise Stopped(number=number)
+            if not self._what:
+                raise Stopped(number=number)
+            self.asked, self._finished = True, self._what
+        elif now - self._first >= self._copies:
+            raise Stopped(number=number)
 
     def _watch(self, pipe: int) -> None:
         """Read the signals as they come, also while the main thread is inside a call that does not return.
@@ -124,6 +123,7 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if threading.current_thread() is not threading.main_thread():
             return self
+        self._busy = True
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._watcher = threading.Thread(target=self._watch, args=(self._pipe[0],), name="signals", daemon=True)
@@ -132,26 +132,31 @@ class Interruption:
         _entered.append(self)
         for number in SIGNALS:
             before = signal.getsignal(number)
-            if (
-                before is not signal.SIG_IGN and before is not None
-            ):  # None: another language's, which cannot be put back
-                self._before[number] = before
-                signal.signal(number, self._hear)
+            if before in (signal.SIG_IGN, None):  # None: not set by Python, so that it could not be put back
+                continue
+            self._before[number] = before
+            signal.signal(number, self._hear)
+        self._busy = False
+        if self._late is not None:
+            self.__exit__(Stopped)
+            raise Stopped(number=self._late)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._pipe is None or self._watcher is None:
             return
-        self._leaving = True
+        self._busy = True
         self._put_back(self._wakeup)
-        _entered.remove(self)
+        if self in _entered:  # it is not in a forked process
+            _entered.remove(self)
         self._ended.set()
         os.close(self._pipe[1])
         self._watcher.join(timeout=1)
         os.close(self._pipe[0])
         self._pipe = None
         unanswered = self.number if self.asked and kind is None else self._late
-        if unanswered is not None:
+        answered = kind is not None and issubclass(kind, Stopped)
+        if unanswered is not None and not answered:
             signal.raise_signal(unanswered)
 
     def _put_back(self, wakeup: int) -> None:

@@ -22,7 +22,7 @@ from holdfast.evaluation.inputs import Inputs, as_inputs, check_logits, chosen
 from holdfast.evaluation.ledger import PROTOCOL, Ledger
 from holdfast.evaluation.networks import Deciding, Searching, Speed
 from holdfast.evaluation.probed_model import left_as_it_was
-from holdfast.evaluation.protocols import Options, Protocol, adaptations, named, of_attacks
+from holdfast.evaluation.protocols import Options, Protocol, adaptations, protocol_of
 from holdfast.evaluation.pursuit import Pursuit, Rules
 from holdfast.evaluation.result import Result as Result
 from holdfast.evaluation.unit import Unit, rows_of
@@ -81,7 +81,7 @@ class Plan:
             "version": __version__,
             "attack": self.protocol.label,
             "attacks": [attack.name for attack in self.protocol.attacks],
-            "settings": [_settings(attack) for attack in self.protocol.attacks],
+            "settings": [fingerprint.of_attack(attack) for attack in self.protocol.attacks],
             "notes": adaptations(self.protocol, logits.shape[1]),
             "threat": self.threat.norm,
             "epsilon": self.threat.epsilon,
@@ -107,11 +107,7 @@ class Plan:
         with ExitStack() as stack:
             stack.enter_context(distributed.others_missed())
             interruption = stack.enter_context(Interruption())
-            lock = (
-                None
-                if self.path is None
-                else stack.enter_context(locked(self.path, work=EVALUATING, kept_for=PROTOCOL))
-            )
+            lock = self.path and stack.enter_context(locked(self.path, work=EVALUATING, kept_for=PROTOCOL))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(left_as_it_was(self.model, self.inputs.device))
             stack.callback(self.display.stop)
@@ -164,10 +160,11 @@ class Plan:
         x, y, index = self.inputs.part(some)
         torch.manual_seed(key.torch_seed)
         raised = probes.probe(self.model, x, y, self.threat, key=key, index=index)
-        distributed.barrier()
-        if file is not None and distributed.rank() == 0:
-            ledger.check()
-            write_json(file, {"flags": [flags.as_dict(flag) for flag in raised]})
+        distributed.barrier()  # by now all have looked whether the file is there
+        with distributed.refused_together():
+            if file is not None and distributed.rank() == 0:
+                ledger.check()
+                write_json(file, {"flags": [flags.as_dict(flag) for flag in raised]})
         return raised
 
     def _units(self, ledger: Ledger, interruption: Interruption, *, classes: int, randomised: bool) -> None:
@@ -260,9 +257,9 @@ class Plan:
         if ledger.path is None:
             for kept in distributed.gather_objects(ledger.kept):
                 ledger.kept.update(kept)
-        if distributed.rank() == 0 or ledger.path is None:
-            rows = ledger.merged(self._count, len(self.inputs.y))
-        distributed.barrier()
+        with distributed.refused_together():
+            if distributed.rank() == 0 or ledger.path is None:
+                rows = ledger.merged(self._count, len(self.inputs.y))
         if not (distributed.rank() == 0 or ledger.path is None):
             rows = ledger.merged(self._count, len(self.inputs.y))
         if ledger.unchecked:
@@ -274,13 +271,14 @@ class Plan:
         summary = results.summarize(rows, protocol, told)
         summary = {**summary, "about": protocol["about"], "notes": protocol["notes"]}
         log = results.log(summary, protocol) + "".join(f"note: {note}\n" for note in protocol["notes"])
-        if ledger.path is not None and distributed.rank() == 0:
-            ledger.check()
-            write_json(ledger.path / "flags.json", {"flags": told})
-            write_json(ledger.path / "summary.json", summary)
-            write_text(ledger.path / "images.csv", results.images_csv(rows))
-            write_text(ledger.path / "log.txt", log)
-            ledger.check()
+        with distributed.refused_together():
+            if ledger.path is not None and distributed.rank() == 0:
+                ledger.check()
+                write_json(ledger.path / "flags.json", {"flags": told})
+                write_json(ledger.path / "summary.json", summary)
+                write_text(ledger.path / "images.csv", results.images_csv(rows))
+                write_text(ledger.path / "log.txt", log)
+                ledger.check()
         return Result(summary, rows, every, ledger.path, log, ledger)
 
 
@@ -345,7 +343,7 @@ def evaluate(
         raise HoldfastError(f"speed is a {type(speed).__name__}: give Speed(precision=…, batch_size=…)")
     with torch.inference_mode(False):
         inputs = chosen(as_inputs(model, images, labels), n)
-    protocol = _protocol(attack, threat, options)
+    protocol = protocol_of(attack, threat, options)
     protocol.require(threat)
     return Plan(
         model=model,
@@ -359,20 +357,3 @@ def evaluate(
         save_examples=save_examples,
         probe=probe,
     ).run()
-
-
-def _protocol(attack: Any, threat: ThreatModel, options: Options | None) -> Protocol:
-    """The protocol that was named or given."""
-    if isinstance(attack, Protocol):
-        return attack
-    if isinstance(attack, str):
-        return named(attack, threat, options)
-    if isinstance(attack, Sequence) and attack and all(isinstance(each, StepwiseAttack) for each in attack):
-        return of_attacks(attack)
-    raise HoldfastError(f"attack is {attack!r}: give a name such as autoattack, or a list of attacks such as [APGD()]")
-
-
-def _settings(attack: StepwiseAttack) -> str:
-    """An attack with all its settings; of another network its weights' hash."""
-    source = getattr(attack, "source", None)
-    return repr(attack) + (f" of weights {fingerprint.of_model(source)}" if isinstance(source, nn.Module) else "")
