@@ -18,6 +18,7 @@ from holdfast.parsing import LINES_BYTES, parse_json_lines, through_json
 from holdfast.runs.digests import checked_bytes, matches, of_file
 from holdfast.runs.files import full_disk_told, read_json, remove_halves, write_json, write_text, write_whole
 from holdfast.runs.lock import FolderLock
+from holdfast.runs.weights_header import weight_shapes
 
 PROTOCOL, LEDGER, UNITS, EXAMPLES = "protocol.json", "ledger.jsonl", "units", "examples"
 SAYS = {
@@ -187,6 +188,7 @@ class Ledger:
         if not file.is_file():
             return None
         try:
+            weight_shapes(file)
             found = load(checked_bytes(file, advice=self._anew, unchecked=self.unchecked.append))
         except (SafetensorError, OSError):
             raise Damaged(f"{file} is damaged", self._anew) from None

@@ -49,7 +49,8 @@ def write_whole(path: Path, write: Callable[[Any], object], *, hashed: bool = Fa
     try:
         with full_disk_told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            part.unlink(missing_ok=True)  # it may be a link to another file, or a pipe
+            with part.open("xb") as file:
                 hashing = digests.Hashing(file)
                 write(hashing)
                 file.flush()
