@@ -1,4 +1,4 @@
-# `make demo` and `make test` do everything on a fresh machine with Python (>= 3.10) and make.
+# `make demo` and `make test` do everything on a fresh machine with Python (>= 3.11) and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 
 # The runtime environment: the package and what it needs. Torch is taken from constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Holdfast needs Python 3.11 or later, and $(PYTHON) is not: name one, as in make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12" >&2; \
+		exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@

@@ -6,11 +6,28 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two test processes share two cores
 
+import signal
+import tempfile
+
 import pytest
 import torch
 from torch import nn
 
 from holdfast.forward import Batch
+from holdfast.runs.environment import device_name, supports_bf16
+
+natively = pytest.mark.skipif(
+    not supports_bf16(torch.device("cpu")), reason=f"bfloat16 is emulated on this processor: {device_name()}"
+)
+"""A test in bfloat16 that others stand for where it is emulated, which takes ten times as long as float32."""
+
+_STATE = tempfile.TemporaryDirectory(prefix="holdfast-state-")
+os.environ["HOLDFAST_STATE_DIR"] = _STATE.name  # tests trust nothing in, and add nothing to, the developer's own store
+
+# `nohup` ignores SIGHUP, and a shell the Ctrl-C of what it runs in the background: tests and what they start would, too.
+for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 
 @pytest.fixture(autouse=True)

@@ -684,7 +684,7 @@ def _(folder: Path, size: int) -> Path:
     return saved_folder(folder, b"\xff\xff\xff\xff" + struct.pack("<i", 0x7FFFFFFF) + bytes(100))
 
 
-@hostile("Arrow: nested state.json", "state.json is damaged: it is nested")
+@hostile("Arrow: nested state.json", "state.json is damaged (it is nested")
 def _(folder: Path, size: int) -> Path:
     return saved_folder(folder, b"", "[" * 100_000)
 

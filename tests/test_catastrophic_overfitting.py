@@ -28,6 +28,7 @@ from holdfast import (
     View,
     fit,
 )
+from holdfast import loop as loop_module
 from holdfast.attacks.class_start import ClassStartFGSM
 from holdfast.attacks.prior_guided import PriorGuidedFGSM
 from holdfast.catastrophic_overfitting import OvertakenAttack, response
@@ -41,6 +42,7 @@ from holdfast.objectives.prior_guided import PriorGuided
 from holdfast.progress_display import Display
 from holdfast.recipe import SGD, Recipe
 from holdfast.recipes import RECIPES
+from holdfast.runs.files import read_json
 from holdfast.runs.state import training_state
 from holdfast.schedule import Progress
 from holdfast.steps.free import Free
@@ -322,7 +324,7 @@ def test_stop_ends_the_run_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert newest_checkpoint(run.path)["stopped"] is True
 
     again = go(tmp_path / "run", "stop", resume=True, epochs=5)
-    assert again.summary == json.loads((run.path / "summary.json").read_text())
+    assert again.summary == read_json(run.path / "summary.json")
     (run.path / "summary.json").unlink()  # killed before the closing evaluation was done
     go(tmp_path / "run", "stop", resume=True, epochs=5)
     assert steps == list(range(6))
@@ -420,7 +422,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[int, Any], dict[int,
     """The training state by batches done: right before the look, and where the run goes on after it."""
     before: dict[int, Any] = {}
     after: dict[int, Any] = {}
-    one, pause = Loop.one_step, Loop.pause
+    one, pause = Loop.one_step, loop_module.pause
 
     def noted(self: Loop, batch: Batch, progress: Progress) -> None:
         one(self, batch, progress)
@@ -431,7 +433,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[int, Any], dict[int,
         pause(self)
 
     monkeypatch.setattr(Loop, "one_step", noted)
-    monkeypatch.setattr(Loop, "pause", paused)
+    monkeypatch.setattr(loop_module, "pause", paused)
     return before, after
 
 

@@ -33,6 +33,8 @@ from holdfast.evaluation.table import PROTOCOLS, SINGLE
 from holdfast.models.factory import _BUILDERS
 from holdfast.models.table import MODELS
 from holdfast.recipes import RECIPES, pgd_at
+from holdfast.runs.digests import beside
+from holdfast.runs.files import read_json
 from holdfast.schedule import Progress, value_at
 from holdfast.setup import Settings
 from tiny_runs import NET, assert_same, command, metrics, refused, summary, train, weights, write_toy
@@ -305,7 +307,7 @@ def test_json_is_one_object_on_standard_output(data: Path, tmp_path: Path, capsy
     told = capsys.readouterr()
     found = json.loads(told.out)
     assert found.pop("out") == str(tmp_path / "run")
-    assert found == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert found == read_json(tmp_path / "run" / "summary.json")
     assert list(found) == SUMMARY
     assert found["recipe"] == "piat_nmse"
     assert (found["data"], found["model"], found["threat"], found["epsilon"]) == ("toy", "small_cnn", "Linf", 0.1)
@@ -326,11 +328,13 @@ def test_json_is_one_object_on_standard_output(data: Path, tmp_path: Path, capsy
 def test_what_a_run_leaves(run: Path) -> None:
     """Exactly the files of the issue."""
     assert sorted(path.name for path in run.iterdir() if path.name != "evaluations") == [
-        "checkpoints", "config.yaml", "environment.json", "last", "metrics.jsonl", "model", "summary.json",
+        ".lock", "checkpoints", "config.yaml", "environment.json", "last", "metrics.jsonl", "model", "summary.json",
     ]  # fmt: skip
     for name in ("model", "last"):
-        assert sorted(path.name for path in (run / name).iterdir()) == ["config.json", "model.safetensors"]
-    assert len(list((run / "checkpoints").iterdir())) == 2
+        assert sorted(path.name for path in (run / name).iterdir()) == [
+            "config.json", "model.safetensors", "model.safetensors.sha256",
+        ]  # fmt: skip
+    assert sorted(path.suffix for path in (run / "checkpoints").iterdir()) == [".pt", ".pt", ".sha256", ".sha256"]
     environment = json.loads((run / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["processes"] == 1
@@ -635,12 +639,13 @@ def test_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         }
         folder = run / "evaluations" / f"pgd-2-linf-0.1-toy-n24-seed0-{checkpoint}"
         assert found.pop("folder") == str(folder)
-        assert json.loads((folder / "summary.json").read_text()) == found
+        assert read_json(folder / "summary.json") == found
 
     spoilt = Path(shutil.copytree(run, tmp_path / "spoilt"))  # last weights that see nothing: always the first class
     state = weights(spoilt, "last")
     state |= {name: 0 * state[name] for name in ("fc.weight", "fc.bias")}
     save_file(state, spoilt / "last" / "model.safetensors")
+    beside(spoilt / "last" / "model.safetensors").unlink()
     for checkpoint, accuracy in (("best", told["clean_accuracy"]), ("last", 0.25)):
         assert command("evaluate", spoilt, "--checkpoint", checkpoint, "--steps", 1, "--json") == 0
         assert json.loads(capsys.readouterr().out)["clean_accuracy"] == accuracy
@@ -756,7 +761,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert command("demo", "--out", "here", "--json") == 0
     again = json.loads(capsys.readouterr().out)
     assert list(again) == ["standard", "pgd_at", "piat_nmse", "out"]
-    assert again["standard"] == json.loads((tmp_path / "here" / "standard" / "summary.json").read_text())
+    assert again["standard"] == read_json(tmp_path / "here" / "standard" / "summary.json")
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -768,6 +773,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert found["packages"]["torch"] == torch.__version__
     assert found["step"]["fp32"]["ms"] > 0
     assert "command" not in found
+    monkeypatch.setattr("holdfast.cli.doctor.step_times", lambda: found["step"])  # once is enough
     assert command("doctor") == 0
     assert "small_cnn, 28x28, batch 128, PGD-10, fp32" in capsys.readouterr().out
 
@@ -787,3 +793,19 @@ def test_the_installed_command_exists() -> None:
     assert ended.returncode == 0
     assert ended.stdout.splitlines()[1].startswith("standard")
     assert inspect.signature(demo.run).parameters.keys() == {"argv"}
+
+
+def test_a_stopped_demo_names_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the command that would go on with one of its three runs."""
+    import signal
+
+    from holdfast.loop import Loop
+
+    out = tmp_path / "my demo"
+    monkeypatch.setattr(Loop, "one_step", lambda *rest: signal.raise_signal(signal.SIGTERM))
+    assert command("demo", "--out", out, "--seed", 3) == 128 + signal.SIGTERM
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"holdfast: stopped; go on with: holdfast demo --out '{out}' --seed 3"
+    assert (out / "standard" / "checkpoints").is_dir()

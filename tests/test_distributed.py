@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -50,6 +51,7 @@ from holdfast.errors import HoldfastError
 from holdfast.forward import Forward
 from holdfast.interruption import Interrupted
 from holdfast.loop import Loop
+from holdfast.runs.files import read_json
 from holdfast.runs.folder import RunFolder
 from holdfast.schedule import Progress
 from holdfast.threat import Linf
@@ -317,7 +319,7 @@ def test_metrics_and_accuracies_equal_those_of_one_process(case: str, folder: Pa
     for name in ("model", "last"):
         for alone, together in zip(weights(one, name).values(), weights(two, name).values(), strict=True):
             torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
-    told = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
+    told = [read_json(run / "summary.json") for run in (one, two)]
     for key in ("clean_accuracy", "robust_accuracy", "interval", "n", "best", "last"):
         assert told[0][key] == told[1][key]
 
@@ -398,6 +400,22 @@ def test_a_folder_in_use_is_refused_on_both(folder: Path) -> None:
         assert "already holds a run" in (folder / f"refused-{rank}.txt").read_text()
 
 
+def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc_per_node=2 -m holdfast …`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    return subprocess.run(
+        [*run, "-m", "holdfast", *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
 def test_torchrun_runs_the_command_unchanged(tmp_path: Path) -> None:
     """`torchrun … holdfast train`: one run folder, one JSON object, the accuracies of one process."""
     data, net = write_toy(tmp_path / "toy.npz"), tmp_path / "net.py"
@@ -414,18 +432,7 @@ def test_torchrun_runs_the_command_unchanged(tmp_path: Path) -> None:
         "2",
         "--json",
     ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    ended = subprocess.run(
-        [*run, "-m", "holdfast", *map(str, words), "--out", str(tmp_path / "two")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    ended = torchrun(*words, "--out", tmp_path / "two")
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
     assert told["out"] == str(tmp_path / "two")
@@ -439,3 +446,32 @@ def test_torchrun_runs_the_command_unchanged(tmp_path: Path) -> None:
         assert together["validation"] == alone["validation"]
     for alone, together in zip(weights(tmp_path / "one").values(), weights(tmp_path / "two").values(), strict=True):
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
+
+
+def test_damage_is_decided_by_the_first_process(tmp_path: Path) -> None:
+    """Both processes go on from the same older checkpoint, mend the same files, or refuse together."""
+    out, words = tmp_path / "run", ["--precision", "fp64", "--attack.steps", 2, "--training.test_steps", 2]
+    words = ["train", "piat", "--data", write_toy(tmp_path / "toy.npz"), "--threat.epsilon", "0.1", *words]
+    words += ["--epochs", 3, "--batch-size", 16, "--model.width", 4]
+    assert torchrun(*words, "--out", out).returncode == 0
+    whole = Path(shutil.copytree(out, tmp_path / "whole"))
+    newest, last = max((out / "checkpoints").glob("*.pt")), out / "last" / "model.safetensors"
+    for file in (newest, last, out / "metrics.jsonl"):
+        file.write_bytes(file.read_bytes()[:-1])
+    (out / "summary.json").unlink()
+    ended = torchrun("train", "--resume", "--out", out)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count(f"checkpoint {newest} is damaged") == 1
+    assert_same_run(out, whole)
+    last.write_bytes(b"")
+    ended = torchrun("train", "--resume", "--out", out)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count(f"{out / 'last'} is written anew from a checkpoint") == 1
+    assert_same_run(out, whole)
+    (out / "summary.json").unlink()
+    for file in (out / "checkpoints").glob("*.pt"):
+        file.write_bytes(b"")
+    ended = torchrun("train", "--resume", "--out", out)
+    assert ended.returncode != 0
+    assert "No checkpoint of" in ended.stderr
+    assert "holdfast: checkpoint" in ended.stderr

@@ -24,6 +24,7 @@ from holdfast.recipes import RECIPES
 from holdfast.schedule import Progress, constant, piecewise
 from holdfast.setup import prepare, recipe_notes
 from holdfast.step import AdversarialStep
+from holdfast.steps.learnable_strategy import LearnableStrategy
 from parts import IMAGES, CountedFlops
 from tiny_runs import FP64, metrics, tiny_net, tiny_recipe, toy, weights
 
@@ -44,6 +45,19 @@ def with_teachers(recipe: Recipe) -> Recipe:
     return replace(recipe, networks=teachers)
 
 
+def shortened(recipe: Recipe) -> Recipe:
+    """The recipe with searches of two steps at most; how many there are is the subject of `test_recipe_settings`."""
+    attack, step, views = recipe.attack, recipe.step, tuple(copy.copy(view) for view in recipe.views)
+    if getattr(attack, "steps", 0) > 2:
+        attack = replace(attack, steps=2)  # type: ignore[type-var]  # all attacks are data classes
+    if isinstance(step, LearnableStrategy):
+        step = replace(step, steps=(1, 2), look_ahead_steps=2)
+    for view in views:
+        if isinstance(view, WorstWeights):
+            view.steps = min(view.steps, 2)
+    return replace(recipe, attack=attack, step=step, views=views)
+
+
 def own_step(recipe: Recipe, network: nn.Module) -> AdversarialStep:
     """The step that a run of the recipe takes."""
     if recipe.step is None:
@@ -54,17 +68,18 @@ def own_step(recipe: Recipe, network: nn.Module) -> AdversarialStep:
 @EVERY
 def test_two_epochs_on_the_digits(name: str, tmp_path: Path) -> None:
     """It learns, its terms add up to the loss, and what it exports is a plain model that anyone can load."""
-    recipe = replace(with_teachers(RECIPES[name](epsilon=0.2)), epochs=2, warmup=0.0, batch_size=64)
+    recipe = shortened(with_teachers(RECIPES[name](epsilon=0.05)))
+    recipe = replace(recipe, epochs=2, warmup=0.0, batch_size=16)
     settings = replace(QUICK, extra_data="digits") if recipe.extra_share else QUICK
     whole = load("digits")
-    digits = replace(whole, train=whole.train.subset(torch.arange(800)), test=whole.test.subset(torch.arange(200)))
+    digits = replace(whole, train=whole.train.subset(torch.arange(220)), test=whole.test.subset(torch.arange(100)))
     run = fit(recipe, digits, "small_cnn", out=tmp_path / "run", settings=settings, model_options={"width": 8})
     first, second = metrics(run.path)
     for line in (first, second):
         parts = [value for term, value in line["terms"].items() if term != "loss"]
         assert parts
         assert line["terms"]["loss"] == pytest.approx(sum(parts), rel=1e-4)
-    assert run.summary["last"]["clean_accuracy"] > 0.3, "a tenth would be chance"
+    assert run.summary["last"]["clean_accuracy"] > 0.25, "a tenth would be chance"
     plain = build("small_cnn", num_classes=10, channels=1, image_size=(8, 8), width=8)
     assert weights(run.path).keys() == plain.state_dict().keys()
     images = digits.test

@@ -501,11 +501,11 @@ def test_the_command_goes_on_only_with_the_same_images(
     assert "needs its extra images, labelled as before, to go on: extra images: " in told
     assert f"{labeller} holds no trained model" in told
     (tmp_path / "away").rename(labeller)
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", "model.safetensors", "model.safetensors.sha256"):
         shutil.copy(place / "labeller" / "model" / name, tmp_path / name)
         shutil.copy(tmp_path / "whole" / "model" / name, labeller / "model" / name)
     assert "resolved.extra.labelled_by is" in refused(capsys, *resume)
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", "model.safetensors", "model.safetensors.sha256"):
         shutil.copy(tmp_path / name, labeller / "model" / name)
     assert command(*resume) == 0
     assert_same_run(out, tmp_path / "whole")

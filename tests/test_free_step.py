@@ -454,7 +454,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--step.step_size", "2"], "write 2/255 if that was meant"),
         (["--objective.name", "trades"], "begins at zero, where TRADES has no gradient"),
         (["--step.replays", "0"], "replays is 0: give a whole number of at least 1"),
-        (["--step.replays", "2.5"], "--step.replays '2.5' is no int"),
+        (["--step.replays", "2.5"], "--step.replays is '2.5': give a whole number"),
         (["--step.replay", "2"], "did you mean --step.replays"),
     ],
 )

@@ -74,9 +74,9 @@ def test_large_json() -> None:
         content = b"[" + one * ((JSON_BYTES - 8) // len(one)) + b"0]"
         assert "more values than such a file can need" in refusal_of_json(content)
     assert "1 MiB are read" in _refusal_of_lines(b'{}\n"' + b"x" * (1 << 20) + b'"\n')
-    with pytest.raises(HoldfastError, match="line 2 of it is damaged: it holds no JSON"):
+    with pytest.raises(HoldfastError, match="line 2 of it is damaged \\(it holds no JSON"):
         parse_json_lines(b"{}\n{\n", "it")
-    with pytest.raises(HoldfastError, match="line 2 of it is damaged: it holds no JSON"):
+    with pytest.raises(HoldfastError, match="line 2 of it is damaged \\(it holds no JSON"):
         parse_json_lines(b"{}\n\n{}\n", "it")
 
 
@@ -117,8 +117,8 @@ def test_what_is_no_json(content: bytes | str, reason: str) -> None:
     """The reason is told, with what to do."""
     message = refusal_of_json(content)
     assert reason in message
-    assert message.startswith("it is damaged: ")
-    assert message.endswith("; restore it, or make it anew")
+    assert message.startswith("it is damaged (")
+    assert message.endswith("): restore it, or make it anew")
 
 
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? ", "[? ", "- ? "])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,20 +23,22 @@ def code_lines(snippet: str) -> list[str]:
 
 
 def test_training_takes_three_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
-    """Only the length of the run is shortened, and the folder moved."""
+    """Only the run and the data set are shortened, and the folder moved."""
     import holdfast
     from holdfast import recipes
+    from holdfast.data.sources import load
 
     snippet = snippets()[0]
     assert len(code_lines(snippet)) == 3
     real = recipes.piat_nmse
 
     def short(**settings):
-        from dataclasses import replace
-
         return replace(real(**settings), epochs=1)
 
+    digits = load("digits")
+    few = replace(digits, train=digits.train.subset(torch.arange(200)), test=digits.test.subset(torch.arange(60)))
     monkeypatch.setattr(recipes, "piat_nmse", short)
+    monkeypatch.setattr("holdfast.setup.load", lambda source, image_size: {"digits": few}[source])
     monkeypatch.chdir(tmp_path)
     exec(snippet, {})
     assert 0 <= float(capsys.readouterr().out.split()[0]) <= 1

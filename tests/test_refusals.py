@@ -22,17 +22,19 @@ from holdfast.checks import check_batch
 from holdfast.data.images import Dataset, Images
 from holdfast.errors import NonFiniteLoss
 from holdfast.forward import Batch
-from holdfast.interruption import Interrupted
 from holdfast.loop import Loop
 from holdfast.recipe import SGD
 from holdfast.runs.checkpoint import checkpoints
+from holdfast.runs.digests import beside
 from holdfast.runs.files import write_json
 from tiny_runs import (
     FP32,
     NET,
+    Malicious,
     assert_same,
     assert_same_run,
     command,
+    content,
     quadrants,
     refused,
     tiny_net,
@@ -225,12 +227,6 @@ def largest_file(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, before)
 
 
-def content(run: Path) -> dict[str, bytes]:
-    """Every file of a run but those that a resumption may add to."""
-    files = (path for path in sorted(run.rglob("*")) if path.is_file() and path.name != "environment.json")
-    return {str(path.relative_to(run)): path.read_bytes() for path in files}
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that had room."""
@@ -283,7 +279,7 @@ def test_full_disk(how: str, whole: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.undo()
     after = content(out)
     for name, was in before.items():
-        newer = name in ("metrics.jsonl", "model/model.safetensors", "model/config.json")  # a better epoch's, whole
+        newer = name == "metrics.jsonl" or name.startswith("model/")  # a better epoch's, whole
         assert after[name] == was or (newer and how != "fsync"), name
     assert after["metrics.jsonl"].startswith(before["metrics.jsonl"])
     assert set(after) == set(before)
@@ -305,8 +301,7 @@ def test_evaluate_on_a_full_disk(damaged: Path, capsys: pytest.CaptureFixture[st
     """The result does not fit; nothing half written stays."""
     with largest_file(50):
         assert "no space left to write protocol.json" in refused(capsys, "evaluate", damaged, "--steps", 2)
-    (folder,) = (damaged / "evaluations").iterdir()
-    assert [file.name for file in folder.iterdir()] == [".lock"]
+    assert not (damaged / "evaluations").exists()
     assert command("evaluate", damaged, "--steps", 2) == 0
 
 
@@ -349,76 +344,11 @@ def test_writing_is_refused_by_the_system(tmp_path: Path, monkeypatch: pytest.Mo
 # ------------------------------------------------------------------------------------------------ damaged files
 
 
-class Malicious:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
-
-
-def stopped_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that was stopped in its third epoch, with the checkpoints of steps 8 and 10."""
-    before = Loop.one_step
-
-    def one_step(self: Loop, batch: Batch, progress: Any) -> None:
-        before(self, batch, progress)
-        self.interruption.asked = progress.step == 9
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "one_step", one_step)
-        with pytest.raises(Interrupted):
-            fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=tmp_path / "run", settings=FP32)
-    return tmp_path / "run"
-
-
-@pytest.mark.parametrize("how", ["cut", "empty", "noise", "malicious", "no state", "other format"])
-def test_a_checkpoint_that_is_none(how: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is named, with what to remove; without it the run goes on from the one before and ends the same."""
-    out = stopped_run(tmp_path, monkeypatch)
-    earlier, newest = checkpoints(out)
-    if how == "cut":
-        newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    elif how == "empty":
-        newest.write_bytes(b"")
-    elif how == "noise":
-        newest.write_bytes(bytes(range(256)) * 20)
-    elif how == "malicious":
-        torch.save({"format": 1, "step": Malicious(tmp_path / "ran")}, newest)
-    elif how == "no state":
-        torch.save([1, 2], newest)
-    else:
-        torch.save({"format": 0}, newest)
-    with pytest.raises(HoldfastError) as refusal:
-        fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=FP32, resume=True)
-    message = str(refusal.value)
-    assert "\n" not in message
-    if how == "other format":
-        assert "has format 0, this version reads 1" in message
-    elif how == "no state":
-        assert f"{newest} is no checkpoint of holdfast: remove it" in message
-    else:
-        assert f"checkpoint {newest} is damaged" in message
-        assert f"remove it, and --resume goes on from {earlier.name}" in message
-    assert not (tmp_path / "ran").exists()
-    newest.unlink()
-    assert_same_run(fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=FP32, resume=True).path, whole)
-
-
 def test_malicious_pickles_do_run_where_nobody_looks(tmp_path: Path) -> None:
     """So that the test above means something."""
     torch.save(Malicious(tmp_path / "ran"), tmp_path / "file.pt")
     torch.load(tmp_path / "file.pt", weights_only=False)
     assert (tmp_path / "ran").exists()
-
-
-def test_a_checkpoint_of_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The configuration knows a model from Python by its class only."""
-    out = stopped_run(tmp_path, monkeypatch)
-    with pytest.raises(HoldfastError, match="the checkpoint does not fit this model or recipe"):
-        fit(tiny_recipe(epochs=4), toy(), tiny_net(width=5), out=out, settings=FP32, resume=True)
 
 
 @pytest.mark.parametrize("name", ["model/model.safetensors", "model/config.json"])
@@ -441,23 +371,19 @@ def test_a_damaged_model(name: str, damaged: Path, capsys: pytest.CaptureFixture
 def test_weights_of_other_shapes(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The names that differ are told."""
     save_file({"fc.weight": torch.zeros(2, 2)}, damaged / "model" / "model.safetensors")
+    beside(damaged / "model" / "model.safetensors").unlink()
     assert "do not fit the model" in refused(capsys, "evaluate", damaged, "--steps", 2)
 
 
 def test_pickles_in_place_of_weights(damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is unpickled, whatever the file is called."""
     torch.save(Malicious(tmp_path / "ran"), damaged / "model" / "model.safetensors")
+    beside(damaged / "model" / "model.safetensors").unlink()
     refused(capsys, "evaluate", damaged, "--steps", 2)
     (tmp_path / "data.npz").write_bytes(b"")
     np.savez(tmp_path / "data.npz", x=np.array([Malicious(tmp_path / "ran")], dtype=object), y=np.zeros(1, int))
     refused(capsys, "evaluate", damaged, "--data", tmp_path / "data.npz")
     assert not (tmp_path / "ran").exists()
-
-
-def test_a_damaged_summary(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Resuming tells it."""
-    (damaged / "summary.json").write_text('{"recipe": ')
-    assert "summary.json is damaged" in refused(capsys, "train", "--resume", "--out", damaged)
 
 
 YAMLS: dict[str, str] = {

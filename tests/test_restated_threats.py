@@ -264,8 +264,9 @@ def test_random_points_are_keyed_and_clamped(kind: type[ThreatModel]) -> None:
     points = threat.random_point(x, key, index)
     assert threat.contains(points, x).all()
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(threat.random_point(x[order], key, index[order]), points[order])
-    assert torch.equal(threat.random_point(x[3:5], key, index[3:5]), points[3:5])
+    for rows in (order, torch.tensor([3, 4])):  # log, cos and sums may round otherwise in a batch of another size
+        found = threat.random_point(x[rows], key, index[rows])
+        torch.testing.assert_close(found, points[rows], rtol=0, atol=1e-12)
     middle = torch.full_like(x, 0.5)
     same = threat.random_point(middle, key, torch.full((16,), 5))
     assert torch.equal(same, same[:1].expand_as(same))

@@ -18,18 +18,22 @@ from torch import Tensor, nn
 
 from holdfast import EMA, SWA, Interpolation, NormalizedMSE, SplitBatchNorm, View, WorstWeights, fit
 from holdfast.forward import Attacked, Batch, Forward
-from holdfast.interruption import Interrupted, Interruption
+from holdfast.interruption import Interrupted
 from holdfast.loop import Loop
 from holdfast.objectives.base import Measurement
 from holdfast.recipe import SGD, Recipe
 from holdfast.runs.checkpoint import checkpoints
+from holdfast.runs.files import read_json
 from holdfast.schedule import Schedule
 from tiny_runs import (
     FP32,
     NET,
+    Killed,
+    Said,
     assert_same,
     assert_same_run,
     command,
+    killed_at,
     metrics,
     refused,
     summary,
@@ -182,7 +186,7 @@ def test_crashed_after_a_step(
     assert_same_run(go(tmp_path / "run", resume=True, checkpoint_minutes=minutes), whole)
 
 
-@pytest.mark.parametrize("where", ["cut_metrics", "append_metrics", "write_summary", "export", "save", "close"])
+@pytest.mark.parametrize("where", ["restore_metrics", "append_metrics", "write_summary", "export", "save", "close"])
 def test_crashed_at_an_epochs_end(where: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between any two of the things that an epoch's end writes."""
     from holdfast.runs.folder import RunFolder
@@ -199,6 +203,23 @@ def test_crashed_at_an_epochs_end(where: str, whole: Path, tmp_path: Path, monke
         go(tmp_path / "run")
     monkeypatch.undo()
     assert_same_run(go(tmp_path / "run", resume=True), whole)
+
+
+@pytest.mark.slow
+def test_killed_before_or_after_any_rename(whole: Path, tmp_path: Path) -> None:
+    """Every file gets its place, and every digest, by a rename: between any two the run is whole."""
+    with killed_at(999, after=True) as renamed:
+        go(tmp_path / "count")
+    assert {"model.safetensors", "model.safetensors.sha256", "step-0000000012.pt", "summary.json"} <= set(renamed)
+    for number, name in enumerate(renamed):
+        for after in (False, True):
+            out = tmp_path / f"{number}-{after}"
+            with killed_at(number, after=after), pytest.raises(Killed):
+                go(out)
+            said = Said()
+            fit(everything(), toy(), tiny_net(dropout=0.3), out=out, settings=FP32, resume=True, display=said)
+            assert not any("damaged" in text or "anew" in text for text in said.texts), (name, said.texts)
+            assert_same_run(out, whole)
 
 
 def test_stopped_twice(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +288,7 @@ def test_a_finished_run_stays_as_it_is(whole: Path) -> None:
 
     run = fit(everything(), toy(), tiny_net(dropout=0.3), out=whole, settings=FP32, resume=True, display=Heard())
     assert shown == [f"{whole} is already finished"]
-    assert run.summary == json.loads((whole / "summary.json").read_text())
+    assert run.summary == read_json(whole / "summary.json")
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
@@ -286,21 +307,86 @@ def test_sigterm_stops_after_the_step(whole: Path, tmp_path: Path, monkeypatch: 
     assert_same_run(go(tmp_path / "run", resume=True), whole)
 
 
-def test_a_second_ctrl_c_stops_at_once() -> None:
-    """The first only asks."""
-    with Interruption() as interruption:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.asked
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_commands_exit_code(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """128 and the signal, after the first as after the second; and the command that goes on."""
+    data, out = write_toy(tmp_path / "toy.npz"), tmp_path / "run"
+    stop_at(monkeypatch, 2, lambda loop: signal.raise_signal(number))
+    assert train(data, out) == 128 + number
+    again = f"with: holdfast train --resume --out {out}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"holdfast: stopped; go on {again}"
+    assert [path.name for path in checkpoints(out)] == ["step-0000000002.pt"]
+    monkeypatch.undo()
+
+    def twice(loop: Loop) -> None:
+        for _ in range(2):
+            signal.raise_signal(number)
+
+    monkeypatch.setattr("holdfast.interruption.COPIES", 0.0)
+    stop_at(monkeypatch, 3, twice)
+    assert command("train", "--resume", "--out", out) == 128 + number
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"holdfast: stopped at once; go on from the last checkpoint {again}"
+    assert [path.name for path in checkpoints(out)] == ["step-0000000002.pt"]
+    monkeypatch.undo()
+    assert command("train", "--resume", "--out", out) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_data_is_read(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends at once, and nothing half made stays, not even the folder."""
+    import holdfast.train
+
+    def prepare(*arguments: Any, **more: Any) -> None:
+        assert (tmp_path / "run" / ".lock").exists()
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(holdfast.train, "prepare", prepare)
+    assert train(write_toy(tmp_path / "toy.npz"), tmp_path / "run") == 128 + number
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("calls", range(1, EPOCHS + 1))
+def test_asked_to_stop_during_a_validation(
+    calls: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops after the batch; what the epoch's steps and averages made is kept, and neither is done twice."""
+    evaluation, seen = Loop.evaluation, []
+
+    def asked(self: Loop, *arguments: Any) -> Any:
+        seen.append(self.epoch)
+        self.interruption.asked = len(seen) == calls
+        return evaluation(self, *arguments)
+
+    monkeypatch.setattr(Loop, "evaluation", asked)
+    with pytest.raises(Interrupted):
+        go(tmp_path / "run")
+    assert seen[-1] == calls - 1
+    lines = tmp_path / "run" / "metrics.jsonl"
+    assert (len(metrics(tmp_path / "run")) if lines.exists() else 0) == calls - 1
+    assert checkpoints(tmp_path / "run")[-1].name == f"step-{calls * STEPS:010d}.pt"
+    assert torch.load(checkpoints(tmp_path / "run")[-1], weights_only=True)["averaged"]
+    monkeypatch.undo()
+    if calls == EPOCHS:
+        monkeypatch.setattr(Loop, "one_step", crash)
+    assert_same_run(go(tmp_path / "run", resume=True), whole)
 
 
 def test_ctrl_c_during_the_closing_evaluation(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All training is saved by then; the message is the same, and only the evaluation is repeated."""
-    stop_at(monkeypatch, EPOCHS * STEPS, ask)
+    close = Loop.close
+
+    def asked(self: Loop) -> Any:
+        ask(self)
+        return close(self)
+
+    monkeypatch.setattr(Loop, "close", asked)
     with pytest.raises(Interrupted):
         go(tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
+    monkeypatch.setattr(Loop, "close", close)
     monkeypatch.setattr(Loop, "one_step", crash)
     assert_same_run(go(tmp_path / "run", resume=True), whole)
 
@@ -361,7 +447,10 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+FIRST, *OTHERS = MOMENTS
+
+
+@pytest.mark.parametrize("moment", [FIRST, *(pytest.param(other, marks=pytest.mark.slow) for other in OTHERS)])
 def test_killed_and_resumed(moment: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL cannot be caught: whatever was being written is lost, and nothing else."""
     out = tmp_path / "run"

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from holdfast import fit
 from holdfast.attacks.pgd import PGD
 from holdfast.cli.main import main
 from holdfast.data.images import Dataset, Images
+from holdfast.forward import Batch
+from holdfast.interruption import Interrupted
+from holdfast.loop import Loop
 from holdfast.objectives.adversarial_training import AdversarialTraining
+from holdfast.progress_display import Display
 from holdfast.recipe import SGD, Recipe
+from holdfast.runs.files import read_json
 from holdfast.setup import Settings
 from holdfast.threat import Linf
 
@@ -116,15 +126,16 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def newest_checkpoint(run: Path) -> dict[str, Any]:
-    """The newest checkpoint's content, without what the clock decides."""
+    """The newest checkpoint's content, without what the clock decides and what other files of the run hold."""
     path = max((run / "checkpoints").glob("*.pt"))
     state = torch.load(path, weights_only=True)
-    return {key: value for key, value in state.items() if key not in ("seconds", "epoch_began")}
+    left_out = ("seconds", "epoch_began", "metrics", "config")
+    return {key: value for key, value in state.items() if key not in left_out}
 
 
 def summary(run: Path) -> dict[str, Any]:
     """summary.json without what the clock decides."""
-    return {key: value for key, value in json.loads((run / "summary.json").read_text()).items() if key != "seconds"}
+    return {key: value for key, value in read_json(run / "summary.json").items() if key != "seconds"}
 
 
 def assert_same(one: Any, other: Any, at: str = "") -> None:
@@ -184,3 +195,69 @@ def train(data: Path | str, out: Path | None, *more: object, recipe: str = "pgd_
     if recipe != "standard":
         words += ["--attack.steps", 2]
     return command(*words)
+
+
+class Malicious:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+class Said(Display):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """Every file of a run but those that a resumption may add to."""
+    files = (path for path in sorted(run.rglob("*")) if path.is_file() and path.name != "environment.json")
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+def stopped_run(out: Path, settings: Settings = FP32) -> Path:
+    """A run that was stopped in its third epoch, with the checkpoints of steps 8 and 10."""
+    before = Loop.one_step
+
+    def one_step(self: Loop, batch: Batch, progress: Any) -> None:
+        before(self, batch, progress)
+        self.interruption.asked = progress.step == 9
+
+    with patch.object(Loop, "one_step", one_step), pytest.raises(Interrupted):
+        fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=settings)
+    return out
+
+
+def resumed(out: Path, said: Said | None = None, settings: Settings = FP32) -> Path:
+    """The run of `stopped_run`, gone on with to its end."""
+    run = fit(tiny_recipe(epochs=4), toy(), tiny_net(), out=out, settings=settings, resume=True, display=said)
+    return run.path
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+@contextmanager
+def killed_at(number: int, *, after: bool) -> Iterator[list[str]]:
+    """A kill right before or after the n-th rename; yields the names that were renamed so far."""
+    replace, renamed = Path.replace, []
+
+    def counted(path: Path, target: Path) -> Any:
+        if len(renamed) == number and not after:
+            raise Killed
+        replace(path, target)
+        renamed.append(Path(target).name)
+        if len(renamed) == number + 1 and after:
+            raise Killed
+
+    with patch.object(Path, "replace", counted):
+        yield renamed

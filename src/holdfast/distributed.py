@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
+
+T = TypeVar("T")
 
 
 def active() -> bool:
@@ -38,9 +41,14 @@ def start_from_environment() -> bool:
     return True
 
 
-def stop() -> None:
-    """Leave the group."""
-    if dist.is_available() and dist.is_initialized():
+def stop(*, after_error: bool = False) -> None:
+    """Leave the group.
+
+    Args:
+        after_error: Whether this process ends before the others. NCCL would then wait for what they still expect of it,
+            so the group is left to the end of the process, by which a launcher and the others notice.
+    """
+    if dist.is_available() and dist.is_initialized() and not (after_error and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 
@@ -50,6 +58,15 @@ def total(value: Tensor) -> Tensor:
         return value
     value = value.clone()
     dist.all_reduce(value)
+    return value
+
+
+def largest(value: Tensor) -> Tensor:
+    """The largest value over all processes, element by element. The argument is left alone."""
+    if not active():
+        return value
+    value = value.clone()
+    dist.all_reduce(value, dist.ReduceOp.MAX)
     return value
 
 
@@ -107,7 +124,62 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def decided_by_first(decide: Callable[[], T]) -> T:
+    """Call a function on rank 0 alone; every process returns its value, or raises its refusal."""
+    value: T | HoldfastError | None = None
+    if rank() == 0:
+        try:
+            value = decide()
+        except HoldfastError as refusal:
+            if not active():
+                raise
+            value = refusal
+    decided = gather_objects(value)[0]
+    if isinstance(decided, HoldfastError):
+        raise decided
+    return decided
+
+
 def barrier() -> None:
     """Wait until all processes are here."""
     if active():
         dist.barrier()
+
+
+@contextmanager
+def refused_together() -> Iterator[None]:
+    """Let every process refuse what one of them refuses; a barrier otherwise.
+
+    Raises:
+        HoldfastError: a process's own refusal, else that of the first one that has any.
+    """
+    own = None
+    try:
+        yield
+    except HoldfastError as error:
+        own = error
+    told = [message for message in gather_objects(None if own is None else str(own)) if message is not None]
+    if own is not None:
+        raise own
+    if told:
+        raise HoldfastError(told[0])
+
+
+@contextmanager
+def others_missed() -> Iterator[None]:
+    """Turn a collective that failed because another process has ended into one line.
+
+    Raises:
+        HoldfastError: instead of the error of torch's communication library.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not active():
+            raise
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower() and "by peer" not in str(error):
+            raise
+        raise HoldfastError(
+            "another process of this run has ended: its own message says why; then go on with --resume (evaluate: with"
+            " the same command)"
+        ) from error

@@ -17,6 +17,19 @@ class NonFiniteLoss(HoldfastError):
     """A loss term became NaN or infinite; the message names the term."""
 
 
+class Damaged(HoldfastError):
+    """A file is not as it was written.
+
+    Args:
+        what: Which file, and what is wrong with it.
+        advice: How to go on.
+    """
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(f"{what}: {advice}" if advice else what)
+        self.what = what
+
+
 def unknown_name(what: str, name: object, allowed: Iterable[str]) -> HoldfastError:
     """The refusal of a name, with the nearest that exist."""
     allowed = list(allowed)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,19 +17,22 @@ from holdfast import distributed
 from holdfast.attacks.pgd import PGD
 from holdfast.catastrophic_overfitting import OvertakenAttack, response
 from holdfast.compilation import compile_in_place
+from holdfast.data.images import Images
 from holdfast.data.loader import Loader
 from holdfast.evaluation.accuracy import Evaluation, accuracies
 from holdfast.forward import Batch, View
 from holdfast.interruption import Interrupted, Interruption
 from holdfast.keyed_random import Key
 from holdfast.loop_reestimation import reestimate
+from holdfast.loop_resume import take_up
+from holdfast.loop_stop import CONFER_EVERY, asked_anywhere, at_each_batch, pause
 from holdfast.loop_watch import watch
 from holdfast.progress_display import Display
 from holdfast.recipe import Recipe
-from holdfast.runs.checkpoint import load_checkpoint, save_checkpoint
-from holdfast.runs.export import load_model, save_model
+from holdfast.runs.checkpoint import save_checkpoint
+from holdfast.runs.export import load_model, read_description, save_model
 from holdfast.runs.folder import RunFolder
-from holdfast.runs.state import epoch_state, restore
+from holdfast.runs.state import epoch_state
 from holdfast.schedule import Progress, value_at
 from holdfast.setup import Setup
 from holdfast.step import AdversarialStep, Step, not_finite
@@ -70,6 +74,7 @@ class Loop:
         self.steps_per_epoch = len(self.loader) * self.step.replays
         self.warmup_steps = round(self.recipe.warmup * self.recipe.epochs * self.steps_per_epoch)
         self.epoch = self.position = self.lines = 0
+        self.averaged = False  # an epoch's steps are made and its averages too, but it is not validated yet
         self.guard = OvertakenAttack()
         self.response = response(self.settings.catastrophic_overfitting, self.recipe.attack or self.recipe.step)
         self.stopped = False  # before the last epoch, because of what the guard found
@@ -77,7 +82,9 @@ class Loop:
         self.measured: dict[str, float] = {}
         self.best: dict[str, Any] | None = None
         self.seconds = self.epoch_began = 0.0
-        self.clock = self.saved_at = time.monotonic()
+        self.clock = self.saved_at = self.conferred_at = time.monotonic()
+        self.confer_every = CONFER_EVERY
+        self.passed_over: Sequence[Path] = ()  # damaged checkpoints, which go when the next one is whole
 
     def _distributed(self) -> Step:
         parts = (getattr(self.module, part, nn.Module()) for part in ("objective", "networks", "strategy"))
@@ -94,20 +101,25 @@ class Loop:
 
     def run(self) -> dict[str, Any]:
         """All epochs, then the closing evaluation. Returns the summary."""
-        newest = self.folder.latest
-        if newest is not None:
-            restore(self, load_checkpoint(newest))
-            self.display.say(f"going on after epoch {self.epoch}, step {self.position} of {len(self.loader)}")
-        else:
+        if not take_up(self):
+            self.folder.restore_metrics([], 0)
             for average in self.recipe.averages:
                 average.start(self.model)
-        self.folder.cut_metrics(self.lines)
+        summary = self.folder.whole_summary()
+        if self.complete and summary is not None:  # what was damaged is mended by now
+            self.display.say(f"{self.folder.path} is already finished")
+            return summary
         done = self.progress().step
         self.display.start(self.recipe.epochs * self.steps_per_epoch, done, self.loader.batch_size)
-        while self.epoch < self.recipe.epochs and not self.stopped:
+        while not self.complete:
             self.one_epoch()
         self.display.stop()
         return self.close()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all training is done, the last epoch's validation included."""
+        return (self.epoch == self.recipe.epochs or self.stopped) and not self.averaged
 
     def progress(self, replay: int = 0) -> Progress:
         """Where the run stands."""
@@ -130,14 +142,14 @@ class Loop:
             self.sums = {}
             self.epoch_began = self.seconds
             self.measured = self.measure()
-        for batch in self.loader.batches(self.epoch, self.position):
+        for batch in () if self.averaged else self.loader.batches(self.epoch, self.position):
             for replay in range(self.step.replays):
                 self.one_step(batch, self.progress(replay))
             self.position += 1
             watch(self)
             if self.stopped:
                 break
-            self.pause()
+            pause(self)
         self.end_epoch()
 
     def one_step(self, batch: Batch, progress: Progress) -> None:
@@ -178,24 +190,6 @@ class Loop:
         if not bool(torch.stack([weight.isfinite().all() for weight in self.module.parameters()]).all()):
             raise not_finite("gradient")
 
-    def pause(self) -> None:
-        """Stop if asked to, and save now and then."""
-        due = time.monotonic() - self.saved_at > 60 * self.settings.checkpoint_minutes
-        if distributed.active():
-            if self.position % 10 and self.position < len(self.loader):
-                return
-            flags = distributed.total(
-                torch.tensor([float(self.interruption.asked), float(due)], device=self.setup.device)
-            )
-            asked, due = bool(flags[0] > 0), bool(flags[1] > 0)
-        else:
-            asked = self.interruption.asked
-        if (asked or due) and self.position < len(self.loader):
-            self.check_weights()
-            self.save()
-            if asked:
-                raise Interrupted(self.folder.path)
-
     # -------------------------------------------------------- an epoch's end
 
     def end_epoch(self) -> None:
@@ -205,16 +199,11 @@ class Loop:
         self.position -= 1
         progress = self.progress(self.step.replays - 1)  # of the last step
         self.position += 1
-        distributed.average_buffers(self.model)
-        if isinstance(self.step, AdversarialStep):
-            self.step.after_epoch(progress)
         last = self.epoch + 1 == self.recipe.epochs or self.stopped
         validated = (self.epoch + 1) % self.settings.validate_every == 0 or last
-        for average in self.recipe.averages:
-            distributed.average_in_place([t for t in (average.exported() or {}).values() if t.is_floating_point()])
-            average.after_epoch(self.model, progress)
-            if average.reestimate is not None and (validated or average.writes_back):
-                reestimate(self, average, progress)
+        if not self.averaged:
+            self.average(progress, validated=validated)
+            self.averaged = True
         line = self.metrics_line(progress)
         if validated:
             self.load_exported()
@@ -222,19 +211,28 @@ class Loop:
             line["validation"] = found.as_dict()
             self.keep_if_best(found)
         line["seconds_left"] = 0.0 if last else self.time_left()
-        self.folder.append_metrics(line)
+        with distributed.refused_together():
+            self.folder.append_metrics(line)
         self.lines += 1
-        self.epoch, self.position = self.epoch + 1, 0
+        self.epoch, self.position, self.averaged = self.epoch + 1, 0, False
         if last:
             self.export("last")
         self.display.epoch(line, self.recipe.epochs)
         self.save()
-        if self.agreed_to_stop() and not last:
-            raise Interrupted(self.folder.path)
+        asked = asked_anywhere(self)
+        if asked and not last:
+            raise Interrupted(self.folder.path, asked)
 
-    def agreed_to_stop(self) -> bool:
-        """Whether any process was asked to stop."""
-        return bool(distributed.total(torch.tensor(float(self.interruption.asked), device=self.setup.device)) > 0)
+    def average(self, progress: Progress, *, validated: bool) -> None:
+        """Make buffers and averages equal on all processes, and let the averages do what they do after an epoch."""
+        distributed.average_buffers(self.model)
+        if isinstance(self.step, AdversarialStep):
+            self.step.after_epoch(progress)
+        for average in self.recipe.averages:
+            distributed.average_in_place([t for t in (average.exported() or {}).values() if t.is_floating_point()])
+            average.after_epoch(self.model, progress)
+            if average.reestimate is not None and (validated or average.writes_back):
+                reestimate(self, average, progress)
 
     def metrics_line(self, progress: Progress) -> dict[str, Any]:
         """The epoch's means, over all processes."""
@@ -278,10 +276,14 @@ class Loop:
         self.seconds += time.monotonic() - self.clock
         self.clock = time.monotonic()
         state = epoch_state(self)
-        if distributed.rank() == 0:
-            step = self.epoch * self.steps_per_epoch + self.position * self.step.replays
-            save_checkpoint(self.folder.path, step, state, keep=self.settings.keep_checkpoints)
-        distributed.barrier()
+        with distributed.refused_together():
+            self.folder.check()
+            if distributed.rank() == 0:
+                step = self.epoch * self.steps_per_epoch + self.position * self.step.replays
+                save_checkpoint(
+                    self.folder.path, step, state, keep=self.settings.keep_checkpoints, damaged=self.passed_over
+                )
+                self.passed_over = ()
         self.saved_at = time.monotonic()
 
     # ----------------------------------------------- measuring and exporting
@@ -309,37 +311,30 @@ class Loop:
     def load_exported(self) -> None:
         self.evaluated.load_state_dict(dict(self.exported()))
 
-    def evaluation(self, images: Any, steps: int, n: int | None) -> Evaluation:
+    def evaluation(self, images: Images, steps: int, n: int | None) -> Evaluation:
         """Clean accuracy and PGD of the weights that are loaded for evaluation."""
-        attack = PGD(steps=steps, early_stop=0) if steps else None
+        closing = images is not self.setup.validation
         return accuracies(
             self.evaluated,
             images,
             threat=self.recipe.threat,
-            attack=attack,
+            attack=PGD(steps=steps, early_stop=0) if steps else None,
             n=n,
             batch_size=self.settings.evaluation_batch,
-            autocast=self.setup.precision if images is self.setup.validation else "fp32",
-            tick=self.tick if images is not self.setup.validation else None,
+            autocast="fp32" if closing else self.setup.precision,
+            tick=at_each_batch(self, len(images) if n is None else n, closing=closing),
         )
-
-    def tick(self, count: int) -> None:
-        """So many more images of the closing evaluation are done; stopped here, a run has only that to repeat."""
-        self.display.advance(count)
-        if self.interruption.asked and not distributed.active():
-            raise Interrupted(self.folder.path)
 
     def export(self, name: str) -> None:
         """Write the exported weights as a model folder."""
-        if distributed.rank() == 0:
-            validation = self.best["validation"] if name == "model" and self.best else None
-            epoch = self.best["epoch"] if name == "model" and self.best else self.epoch
-            save_model(
-                self.folder.path / name,
-                self.exported(),
-                {**self.setup.description, "epoch": epoch, "validation": validation},
-            )
-        distributed.barrier()
+        validation = self.best["validation"] if name == "model" and self.best else None
+        epoch = self.best["epoch"] if name == "model" and self.best else self.epoch
+        with distributed.refused_together():
+            self.folder.check()
+            if distributed.rank() == 0:
+                description = {**self.setup.description, "epoch": epoch, "validation": validation}
+                code = self.setup.code.get("model")
+                save_model(self.folder.path / name, self.exported(), description, code=code)
 
     def close(self) -> dict[str, Any]:
         """Evaluate best and last on the test set, which has chosen nothing, and write the summary."""
@@ -355,13 +350,13 @@ class Loop:
             n = min(self.settings.test_images or len(self.setup.data.test), len(self.setup.data.test))
             self.display.work(f"evaluating {name} (PGD-{self.settings.test_steps})", n)
             found = self.evaluation(self.setup.test, self.settings.test_steps, n)
-            results[name] = {"epoch": epoch, **found.as_dict()}
+            results[name] = {"epoch": read_description(folder).get("epoch", epoch), **found.as_dict()}
         self.display.stop()
         summary = self.setup.summary(results, round(self.seconds, 1))
         if self.stopped:
             summary["stopped"] = self.guard.message(self.epoch)
-        self.folder.write_summary(summary)
-        distributed.barrier()
+        with distributed.refused_together():
+            self.folder.write_summary(summary)
         return summary
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import Damaged, HoldfastError
 from holdfast.regular_files import readable_size
 
 DEPTH = 64
@@ -56,7 +56,7 @@ def parse_json(content: bytes | str, what: str, *, advice: str = _ADVICE, most: 
         advice: What the message tells a person to do.
         most: The largest document in bytes.
     Raises:
-        HoldfastError: It is no JSON, too large or too deep, repeats a key, or holds NaN, an infinity, or a whole
+        Damaged: It is no JSON, too large or too deep, repeats a key, or holds NaN, an infinity, or a whole
             number of more than 40 digits.
     Example:
         >>> parse_json('{"a": [1, 2.5, null]}', "it")
@@ -64,7 +64,7 @@ def parse_json(content: bytes | str, what: str, *, advice: str = _ADVICE, most: 
         >>> parse_json('{"a": 1, "a": 2}', "it")
         Traceback (most recent call last):
             ...
-        holdfast.errors.HoldfastError: it is damaged: key 'a' occurs twice; restore it, or make it anew
+        holdfast.errors.Damaged: it is damaged (key 'a' occurs twice): restore it, or make it anew
     """
     try:
         raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
@@ -72,14 +72,14 @@ def parse_json(content: bytes | str, what: str, *, advice: str = _ADVICE, most: 
         _require_small(raw, _COST)
         return _json_value(raw)
     except _Refused as refused:
-        raise HoldfastError(f"{what} is damaged: {refused}; {advice}") from None
+        raise Damaged(f"{what} is damaged ({refused})", advice) from None
 
 
 def parse_json_lines(content: bytes, what: str, *, advice: str = _ADVICE) -> list[Any]:
     """Return the values of a file with one JSON document a line.
 
     Raises:
-        HoldfastError: As `parse_json`; the message names the line.
+        Damaged: As `parse_json`; the message names the line.
     """
     values: list[Any] = []
     left, where = _LINES_COST, what
@@ -92,7 +92,7 @@ def parse_json_lines(content: bytes, what: str, *, advice: str = _ADVICE) -> lis
             left -= _require_small(line, min(left, _COST))
             values.append(_json_value(line))
     except _Refused as refused:
-        raise HoldfastError(f"{where} is damaged: {refused}; {advice}") from None
+        raise Damaged(f"{where} is damaged ({refused})", advice) from None
     return values
 
 

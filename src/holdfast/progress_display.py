@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from holdfast.streams import Lasting
+
 NOTE_EVERY = 60  # seconds between two lines of a log about work that goes on
 
 
@@ -48,7 +50,7 @@ class LiveDisplay(Display):
     """A live line on a terminal, plain lines in a log; always on standard error."""
 
     def __init__(self) -> None:
-        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.console = Console(file=Lasting(sys.stderr), highlight=False, soft_wrap=True)  # type: ignore[arg-type]  # text
         self.live: Progress | None = None
         self.task: Any = None
         self.images_per_step = 0

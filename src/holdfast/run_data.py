@@ -10,6 +10,7 @@ from holdfast.data.images import Dataset, Images
 from holdfast.data.loader import Loader
 from holdfast.data.split import stratified_split
 from holdfast.errors import HoldfastError
+from holdfast.evaluation import fingerprint
 from holdfast.recipe import Recipe
 from holdfast.settings import Settings
 
@@ -66,6 +67,22 @@ def extra_part(
         if started:
             raise HoldfastError(f"the run needs its extra images, labelled as before, to go on: {error}") from error
         raise
+
+
+def data_digests(training: Images, validation: Images, test: Images, extra: Extra | None) -> dict[str, str]:
+    """Return the SHA-256 of the images and labels of each part, on rank 0: only that process compares them.
+
+    Labels that a trained model gave to extra images are left out: another machine may round a near tie otherwise. The
+    configuration holds the digest of that model's weights.
+    """
+    if distributed.rank() != 0:
+        return {}
+    parts = {"training images": training, "validation images": validation, "test images": test}
+    found = {name: fingerprint.of_images(part.pixels, part.labels) for name, part in parts.items()}
+    if extra is not None:
+        labels = extra.images.labels if extra.labelled_by is None else torch.empty(0, dtype=torch.int64)
+        found["extra images"] = fingerprint.of_images(extra.images.pixels, labels)
+    return found
 
 
 def make_loader(

@@ -16,14 +16,37 @@ from holdfast.errors import HoldfastError
 from holdfast.forward import View
 from holdfast.keyed_random import Key
 from holdfast.models.factory import accepted, build
+from holdfast.models.own_file import OwnCode, names_code
 from holdfast.recipe import Recipe
 from holdfast.runs.export import load_model, load_weights, model_description, model_folder, read_weights
 
 DERIVED = ("num_classes", "channels", "image_size", "mean", "std")  # of a model's arguments: known from the data
 
 
+def own_code(recipe: Recipe, model: str | nn.Module | OwnCode, configured: Mapping[str, OwnCode]) -> dict[str, OwnCode]:
+    """Return the user's own code that a run needs, by part: "model", or "networks/" and the network's name.
+
+    Args:
+        recipe: Whose further networks may be made by own files.
+        model: The classifier, as `fit` takes it.
+        configured: Code that a configuration names. All other code was named by the person who calls.
+
+    Raises:
+        HoldfastError: a file is missing, or does not define its function.
+    """
+    found = dict(configured)
+    named: dict[str, Any] = {"model": model}
+    named |= {f"networks/{name}": getattr(network, "model", None) for name, network in recipe.networks.items()}
+    for part, name in named.items():
+        if isinstance(name, OwnCode):
+            found[part] = name
+        elif part not in found and names_code(name):
+            found[part] = OwnCode.named(name)
+    return found
+
+
 def build_model(
-    model: str | nn.Module, dataset: Dataset, training: Images, seed: int, options: Mapping[str, Any]
+    model: str | nn.Module | OwnCode, dataset: Dataset, training: Images, seed: int, options: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network with its initial weights, and what is needed to rebuild it."""
     if isinstance(model, nn.Module):
@@ -34,7 +57,7 @@ def build_model(
         "std": [round(max(value, 1e-3), 4) for value in pixels.std(0).tolist()],
     }
     spec = {
-        "name": model,
+        "name": model.spec if isinstance(model, OwnCode) else model,
         "num_classes": dataset.num_classes,
         "channels": dataset.channels,
         "image_size": list(dataset.image_size),
@@ -43,7 +66,7 @@ def build_model(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(Key(seed).fold("initial weights").torch_seed)
-        network = build(str(spec["name"]), **{key: value for key, value in spec.items() if key != "name"})
+        network = build(model, **{key: value for key, value in spec.items() if key != "name"})
     return network, spec
 
 
@@ -62,8 +85,19 @@ def further_networks(
     seed: int,
     *,
     started: bool,
+    code: Mapping[str, OwnCode],
 ) -> dict[str, nn.Module]:
     """The method's further networks, built and loaded; those that are not trained stand still.
+
+    Args:
+        recipe: Which networks.
+        classifier: The network that is trained.
+        spec: What rebuilds it: a network without a model of its own is of the same kind.
+        dataset: Its classes and image size.
+        training: Its training images.
+        seed: Of the initial weights.
+        started: Whether the run takes its weights from a checkpoint.
+        code: The user's own code by part; see `own_code`.
 
     Raises:
         HoldfastError: a network has no weights though it is not trained, or its description is wrong.
@@ -82,7 +116,8 @@ def further_networks(
             module = load_model(folder)
         else:
             options = {key: spec[key] for key in spec if key not in DERIVED} if not wanted.model else {}
-            kind = wanted.model or str(spec.get("name") or "")
+            named = code.get(f"networks/{name}") or wanted.model
+            kind = named or code.get("model") or str(spec.get("name") or "")
             options.pop("name", None)
             if kind:
                 module, _ = build_model(kind, dataset, training, Key(seed).fold(name).torch_seed, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,13 @@ from holdfast.data.sources import load
 from holdfast.errors import HoldfastError
 from holdfast.forward import Batch
 from holdfast.keyed_random import Key
+from holdfast.models import trust
+from holdfast.models.own_file import OwnCode
 from holdfast.recipe import Recipe
-from holdfast.run_data import extra_part, hold_out, make_loader, refuse_extra_mismatch
-from holdfast.run_models import DERIVED, build_model, further_networks, load_initial
+from holdfast.run_data import data_digests, extra_part, hold_out, make_loader, refuse_extra_mismatch
+from holdfast.run_models import DERIVED, build_model, further_networks, load_initial, own_code
 from holdfast.runs.environment import supports_bf16
+from holdfast.runs.own_code import with_copies_named
 from holdfast.schedule import Progress
 from holdfast.settings import Settings as Settings
 from holdfast.threat import readable
@@ -49,6 +52,15 @@ class Setup:
     config: dict[str, Any]
     description: dict[str, Any]
     notes: tuple[str, ...]
+    code: Mapping[str, OwnCode] = field(default_factory=dict)
+    """The person's own code that the run needs, by part."""
+    data_digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the images and labels, by what they are for; empty on all processes but the first."""
+
+    @property
+    def code_digests(self) -> dict[str, str]:
+        """SHA-256 of the person's own code, by part."""
+        return {part: own.sha256 for part, own in self.code.items()}
 
     def summary(self, results: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """What summary.json holds. Accuracies are fractions, on the test set."""
@@ -75,16 +87,18 @@ class Setup:
 def prepare(
     recipe: Recipe,
     data: str | Dataset,
-    model: str | nn.Module,
+    model: str | nn.Module | OwnCode,
     *,
     seed: int,
     settings: Settings,
     init: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     started: bool = False,
+    code: Mapping[str, OwnCode] | None = None,
 ) -> Setup:
     """Load, split, build and check everything before the first step.
 
+    `code` is what a configuration names, by part (`holdfast.runs.own_code`); other code is the caller's own.
     A run that has `started` takes its weights from its checkpoint: `init` is then only remembered.
 
     Raises:
@@ -92,6 +106,11 @@ def prepare(
     """
     require_steepest(recipe.threat, "PGD")  # validation and the closing evaluation run it
     refuse_extra_mismatch(recipe, settings)
+    codes = own_code(recipe, model, code or {})
+    trusted = [  # before anything that takes long
+        f"{part} is made by {own.path}, {trust.in_words(trust.require(own))} (SHA-256 {own.sha256})"
+        for part, own in codes.items()
+    ]
     dataset = load(data, image_size=settings.image_size) if isinstance(data, str) else data
     device = choose_device(settings.device)
     precision = settings.precision
@@ -113,10 +132,10 @@ def prepare(
     loader = make_loader(recipe, dataset, training.to(device), extra, settings, batch_size, seed, dtype)
     if batch_size < distributed.world_size():
         raise HoldfastError(f"a batch of {batch_size} cannot be split over {distributed.world_size()} processes")
-    network, spec = build_model(model, dataset, training, seed, options or {})
+    network, spec = build_model(codes.get("model", model), dataset, training, seed, options or {})
     if init is not None and not started:
         load_initial(network, init)
-    further = further_networks(recipe, network, spec, dataset, training, seed, started=started)
+    further = further_networks(recipe, network, spec, dataset, training, seed, started=started, code=codes)
     network = network.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     first = torch.arange(min(8, len(training)), device=device)
     sample = to_pixels(loader.images.pixels[first], dtype)
@@ -147,7 +166,10 @@ def prepare(
             *dataset.notes,
             *told(recipe, dataset, settings, device, batch_size, training, validation, extra),
             *recipe_notes(recipe, init),
+            *trusted,
         ),
+        code=codes,
+        data_digests=data_digests(training, validation, dataset.test, extra),
     )
 
 
@@ -253,7 +275,7 @@ def run_config(
     model = {key: value for key, value in spec.items() if key not in DERIVED}
     total = steps_per_epoch * recipe.epochs
     knots = recipe.schedule.knots
-    return {
+    config = {
         **recipe_config(recipe),
         "data": dataset.source or dataset.name,
         "model": model,
@@ -273,3 +295,4 @@ def run_config(
             **({} if extra is None else {"extra": {"images": len(extra.images), "labelled_by": extra.labelled_by}}),
         },
     }
+    return with_copies_named(config)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,18 @@ from torch import nn
 
 from holdfast import distributed
 from holdfast.data.images import Dataset
-from holdfast.interruption import Interruption
+from holdfast.interruption import Interrupted, Interruption, Stopped
 from holdfast.loop import Loop
+from holdfast.loop_resume import finished_summary
+from holdfast.models.own_file import OwnCode
+from holdfast.models.trust import trusting
 from holdfast.progress_display import Display
 from holdfast.recipe import Recipe
 from holdfast.runs.environment import environment
 from holdfast.runs.export import load_model
-from holdfast.runs.folder import RunFolder
+from holdfast.runs.folder import CONFIG, RunFolder
+from holdfast.runs.lock import TRAINING, FolderLock, locked
+from holdfast.runs.own_code import keep_code
 from holdfast.setup import Settings, Setup, prepare
 
 
@@ -37,7 +44,7 @@ class FinishedRun:
 def fit(
     recipe: Recipe,
     data: str | Dataset,
-    model: str | nn.Module = "small_cnn",
+    model: str | nn.Module | OwnCode = "small_cnn",
     *,
     out: str | Path | None = None,
     seed: int = 0,
@@ -46,6 +53,8 @@ def fit(
     init: str | Path | None = None,
     model_options: Mapping[str, Any] | None = None,
     display: Display | None = None,
+    code: Mapping[str, OwnCode] | None = None,
+    trust_code: bool | str | None = None,
 ) -> FinishedRun:
     """Train a classifier by a recipe, keep everything in a run folder, and evaluate the best weights.
 
@@ -60,10 +69,16 @@ def fit(
         init: Start from these weights: a run folder, a model folder or a ``.safetensors`` file.
         model_options: Further arguments of a model built by name.
         display: Where progress is shown; nowhere by default.
+        code: Code that a configuration names, by part, as `holdfast.runs.own_code.configured_code` reads it. It is
+            executed only where it is trusted.
+        trust_code: The SHA-256 of code that may be executed though only a file names it, or True for any such code:
+            that of a teacher's run, or of the run that labels extra images.
 
     Raises:
-        HoldfastError: bad input; the message says what to do, and nothing is lost.
-        Interrupted: Ctrl-C or SIGTERM, after the state has been saved. A second Ctrl-C stops at once.
+        HoldfastError: bad input, or another process trains in the folder; the message says what to do, and nothing is
+            lost.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP, after the current step, when the state has been saved; after a second
+            one, at once. Before the first step `Stopped`, its base class, at once.
 
     Example:
         Training takes a while, so this is not run as a test::
@@ -72,38 +87,63 @@ def fit(
             print(run.summary["robust_accuracy"])
     """
     started = distributed.start_from_environment()
+    shown = display if display is not None and distributed.rank() == 0 else Display()
     try:
-        began = resume and out is not None and RunFolder(Path(out)).latest is not None
-        setup = prepare(
-            recipe,
-            data,
-            model,
-            seed=seed,
-            settings=settings or Settings(),
-            init=init,
-            options=model_options,
-            started=began,
-        )
-        shown = display if display is not None and distributed.rank() == 0 else Display()
-        path = Path(out) if out is not None else _default_folder(setup)
-        folder = RunFolder.create(path, setup.config, resume=resume, writes=distributed.rank() == 0)
-        distributed.barrier()
-        done = folder.summary() if resume else None
-        if done is not None:
-            shown.say(f"{path} is already finished")
-            return FinishedRun(path, done)
-        folder.write_environment(environment())
-        for note in setup.notes:
-            shown.say(note)
-        try:
-            with Interruption() as interruption:
-                summary = Loop(setup, folder, shown, interruption).run()
-                return FinishedRun(path, summary)
-        finally:
-            shown.stop()
+        with ExitStack() as stack:
+            stack.enter_context(distributed.others_missed())
+            stack.enter_context(trusting(trust_code))
+            interruption = stack.enter_context(Interruption())
+            path = None if out is None else Path(out)
+            lock = None if path is None else stack.enter_context(locked(path, work=TRAINING, kept_for=CONFIG))
+            setup = prepare(
+                recipe,
+                data,
+                model,
+                seed=seed,
+                settings=settings or Settings(),
+                init=init,
+                options=model_options,
+                started=resume and path is not None and RunFolder(path).latest is not None,
+                code=code,
+            )
+            if path is None or lock is None:
+                path = _default_folder(setup)
+                lock = stack.enter_context(locked(path, work=TRAINING, kept_for=CONFIG))
+            stack.callback(shown.stop)
+            return FinishedRun(path, _train(setup, path, lock, shown, interruption, resume=resume))
     finally:
         if started:
-            distributed.stop()
+            distributed.stop(after_error=sys.exc_info()[0] is not None)
+
+
+def _train(
+    setup: Setup, path: Path, lock: FolderLock, shown: Display, interruption: Interruption, *, resume: bool
+) -> dict[str, Any]:
+    """Take up the folder, train, and return the summary."""
+    folder = RunFolder.create(
+        path, setup.config, resume=resume, writes=distributed.rank() == 0, say=shown.say, lock=lock
+    )
+    distributed.barrier()
+    done = finished_summary(setup, folder, shown.say) if resume else None
+    if done is not None:
+        return done
+    kept: list[str] = []
+    with distributed.refused_together():
+        folder.write_environment(environment())
+        if folder.writes:
+            kept = keep_code(path, setup.code)
+    for note in (*setup.notes, *kept):
+        shown.say(note)
+    try:
+        with interruption.finishing("this step"):
+            summary = Loop(setup, folder, shown, interruption).run()
+    except Interrupted:
+        raise
+    except Stopped as stopped:
+        raise Interrupted(path, stopped.number, at_once=True) from None
+    with distributed.refused_together():
+        folder.check()
+    return summary
 
 
 def _default_folder(setup: Setup) -> Path:

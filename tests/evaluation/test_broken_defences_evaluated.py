@@ -36,16 +36,16 @@ MASKED = {  # without gradients Square, and images of the bare network, break th
 }
 
 
-def evaluated(name: str, *, white_box_only: bool = False) -> Result:
+def evaluated(name: str, *, queries: int = 300) -> Result:
     """Sixty-four digits under one step, APGD, Square, and images of the bare network."""
     batch, network = digits(), honest_network(0.15)
     attacks = [
         IterativeGradient(steps=1, random_start=False, label="FGSM"),
         APGD(steps=15),
         APGD(steps=10, objective="targeted_dlr", targets=3),
+        Square(queries=queries),
+        Transfer(source=network, steps=20),
     ]
-    if not white_box_only:
-        attacks += [Square(queries=300), Transfer(source=network, steps=20)]
     defence = ZOO[name]
     x = defence.x(batch.x.clone())
     model = defence.make(copy.deepcopy(network), x)
@@ -89,9 +89,10 @@ def test_every_defence_is_flagged_and_adds_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(MASKED))
 def test_masked_gradients_flatter_and_are_found_out(name: str) -> None:
     """White-box attacks alone leave far more than black-box ones: that is what the flag says."""
-    white, all_ = evaluated(name, white_box_only=True), evaluated(name)
-    assert all_.robust_accuracy <= white.robust_accuracy - 0.1
-    assert "black-box-beats-white-box" in {flag.name for flag in all_.flags}
+    found = evaluated(name, queries=100)
+    broken_by = [row["attack"] or "" for row in found.rows if row["verdict"] == "broken"]
+    assert sum(attack.startswith(("Square", "transfer")) for attack in broken_by) >= 0.1 * len(found.rows)
+    assert "black-box-beats-white-box" in {flag.name for flag in found.flags}
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from holdfast.cli.main import main
+from holdfast.runs.digests import beside
 
 NET = """
 from torch import nn
@@ -68,6 +69,9 @@ def test_saved_examples_are_recounted(subject: list, tmp_path: Path, capsys: pyt
     assert "every verdict of the ledger is confirmed" in told(capsys)
     rows = (tmp_path / "e" / "ledger.jsonl").read_text().replace('"verdict": "broken"', '"verdict": "robust"', 1)
     (tmp_path / "e" / "ledger.jsonl").write_text(rows)
+    assert command("verify", tmp_path / "e", *model) == 2
+    assert "ledger.jsonl was changed or damaged after it was written" in capsys.readouterr().err
+    beside(tmp_path / "e" / "ledger.jsonl").unlink()  # as someone would who changes it on purpose
     assert command("verify", tmp_path / "e", *model) == 1
     assert "DIFFERENT from the ledger" in told(capsys)
     assert command("evaluate", *subject, *words[:-1], tmp_path / "f") == 0

@@ -19,6 +19,8 @@ from holdfast.evaluation.folding import folded
 from holdfast.evaluation.inputs import as_inputs, chosen
 from holdfast.evaluation.protocols import Options, named
 from holdfast.evaluation.robustness import PROBED
+from holdfast.runs.digests import beside
+from holdfast.runs.files import read_json, write_json
 
 PGD = of_attacks([IterativeGradient(steps=10)])
 
@@ -184,7 +186,7 @@ def test_other_code_with_the_same_weights_is_refused(model: nn.Module, tmp_path:
 def test_everything_in_the_protocol_counts(model: nn.Module, tmp_path: Path, key: str) -> None:
     short(model, attack=PGD, count=6, out=tmp_path / "e")
     file = tmp_path / "e" / "protocol.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), key: "other"}))
+    write_json(file, {**read_json(file), key: "other"})
     with pytest.raises(HoldfastError, match=f"another {key} "):
         short(model, attack=PGD, count=6, out=tmp_path / "e")
 
@@ -213,14 +215,18 @@ def test_units_without_their_examples_are_done_again(model: nn.Module, tmp_path:
     ("file", "text", "told"),
     [
         ("ledger.jsonl", "[1]\n", "is damaged"),
-        ("ledger.jsonl", "", "has 0 rows for 12 images"),
-        ("ledger.jsonl", "{", "is damaged"),
+        ("ledger.jsonl", "", "has 0 rows for 12 images: restore it from a copy, or delete"),
+        ("ledger.jsonl", "{", r"is damaged \(.*\): restore it from a copy, or delete"),
         ("protocol.json", "{", "holds no JSON"),
     ],
 )
 def test_a_damaged_folder_is_refused(model: nn.Module, tmp_path: Path, file: str, text: str, told: str) -> None:
     short(model, attack=PGD, count=12, out=tmp_path / "e")
     (tmp_path / "e" / file).write_text(text)
+    if file == "ledger.jsonl":
+        with pytest.raises(HoldfastError, match="was changed or damaged after it was written"):
+            short(model, attack=PGD, count=12, out=tmp_path / "e")
+        beside(tmp_path / "e" / file).unlink()  # as an older version left it
     with pytest.raises(HoldfastError, match=told):
         short(model, attack=PGD, count=12, out=tmp_path / "e")
 
@@ -255,6 +261,8 @@ def test_a_recount_believes_nothing(model: nn.Module, tmp_path: Path, forged: st
     elif forged == "wrong to broken":
         rows[place] |= {"verdict": "broken", "attack": "PGD-10", "distance": 0.0}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for digest in (tmp_path / "e").rglob("*.sha256"):
+        digest.unlink()  # as someone would who forges on purpose
     if forged in ("label", "image"):
         with pytest.raises(HoldfastError, match="are not those of its ledger"):
             recount(tmp_path / "e", model)
@@ -482,6 +490,7 @@ def test_a_recount_tries_every_batch_size_and_the_pixel_bounds(model: nn.Module,
     place = [row["verdict"] for row in found.rows].index("broken")
     whole["x_adv"][place] -= whole["x_adv"][place].amin() + 0.01  # within epsilon for some pixels, but below 0
     save_file(whole, file)
+    beside(file).unlink()
     assert found.rows[place]["index"] in recount(tmp_path / "e", subject, batch_sizes=(20,))["differing"]
 
 

@@ -6,6 +6,7 @@ import copy
 import cProfile
 import math
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -116,15 +117,33 @@ def test_a_probe_repeats_itself(honest: nn.Module, images: Batch) -> None:
 
 
 def test_profiler_is_put_back(honest: nn.Module, images: Batch) -> None:
-    """The watch on the gradient engine ends with the probe."""
-    import sys
-
+    """The watch on the gradient engine ends with the probe, and takes no place that is a person's own."""
     few = Batch(images.x[:2], images.y[:2])
     assert probed(Purifier(honest), few)["optimises-at-inference"].values["calls"] == 1
     assert sys.getprofile() is None
-    profile = cProfile.Profile()
-    with profile:  # a person's own profiler keeps its place
-        assert "optimises-at-inference" not in probed(Purifier(honest), few)
+
+    def own(*_: Any) -> None:
+        """A function that a person has given to `sys.setprofile`."""
+
+    sys.setprofile(own)
+    try:
+        found, kept = probed(Purifier(honest), few), sys.getprofile()
+    finally:
+        sys.setprofile(None)
+    assert kept is own
+    assert "optimises-at-inference" not in found
+
+
+def test_cprofile_sees_what_comes_after_the_probe(honest: nn.Module, images: Batch) -> None:
+    """Up to Python 3.11 it is what `sys.getprofile` tells; from 3.12 on it has a place of its own."""
+
+    def afterwards() -> None:
+        """Called when the probe is done."""
+
+    with cProfile.Profile() as profile:
+        probed(Purifier(honest), Batch(images.x[:2], images.y[:2]))
+        afterwards()
+    assert afterwards.__code__ in {entry.code for entry in profile.getstats()}
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

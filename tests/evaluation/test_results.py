@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from holdfast import __version__
 from holdfast.errors import HoldfastError
@@ -326,7 +327,7 @@ def test_log_can_be_pasted() -> None:
         "cifar10, n = 10 of 10 asked",
         "AutoAttack-standard, Linf(8/255), seed 3",
         "made by   holdfast 0.0.9",
-        f"log by    holdfast {__version__}, torch ",
+        f"log by    holdfast {__version__}, torch {torch.__version__}, Python ",
         "2,532.4 forward, 535.3 backward, 2.1 verifying an image; 5 s",
         table(summarize(ledger(), protocol())),
         "worst classes, clean   cat 80.0% (n = 5), dog 80.0% (n = 5)\n",

@@ -200,7 +200,7 @@ def test_own_file_may_import_its_neighbour(tmp_path: Path) -> None:
     before = list(sys.path)
     assert isinstance(build(f"{tmp_path / 'main.py'}:network", num_classes=4), nn.Identity)
     assert sys.path == before
-    sys.modules.pop("neighbour_of_own")
+    assert "neighbour_of_own" not in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_missing_own_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_error_of_own_code_comes_through_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text("raise ZeroDivisionError('mine')\n")
+    (tmp_path / "broken.py").write_text("raise ZeroDivisionError('mine')\ndef plain(): pass\n")
     before, modules = list(sys.path), set(sys.modules)
     with pytest.raises(ZeroDivisionError, match="mine"):
         build(f"{tmp_path / 'broken.py'}:plain", num_classes=4)

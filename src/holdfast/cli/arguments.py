@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from holdfast.errors import HoldfastError
+from holdfast.models.trust import ANY
 
 MAX_DATA_HELP = "memory that decoded data may take, in GiB (16, or 3/4 of the machine's)"
 
@@ -22,6 +23,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def add_trust(self) -> None:
+        """Add the option that every verb has that may come upon code in somebody's files."""
+        self.add_argument(
+            "--trust-code",
+            metavar="SHA256",
+            help="run code that comes with a folder or a configuration: with =SHA256 that very code, else any;"
+            " what was trained with here is trusted already (docs/security.md)",
+        )
 
     def error(self, message: str) -> NoReturn:
         raise HoldfastError(f"{message}; `{self.prog} --help` explains")
@@ -39,6 +49,9 @@ class Parser(argparse.ArgumentParser):
         spelt = []
         for word in joined(argv):
             name, equals, value = word.partition("=")
+            if name in ("--trust-code", "--trust_code"):
+                name, equals, value = "--trust-code", "=", value or ANY  # the next word is not its value
+                word = name + equals + value
             other = name.replace("_", "-")
             spelt.append(
                 other + equals + value if name.startswith("--") and name not in options and other in options else word

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.arguments import Parser, print_json
+from holdfast.interruption import Interrupted, Stopped
 
 if TYPE_CHECKING:
     from holdfast.recipe import Recipe
@@ -36,15 +38,19 @@ def run(argv: Sequence[str]) -> int:
     keep_freed_memory()
     summaries: dict[str, Any] = {}
     for name in EPOCHS:
-        finished = fit(
-            demo_recipe(name),
-            "digits",
-            out=folder / name,
-            seed=asked.seed,
-            settings=Settings(validate_every=10, test_steps=50, test_images=None),
-            resume=True,
-            display=LiveDisplay(),
-        )
+        try:
+            finished = fit(
+                demo_recipe(name),
+                "digits",
+                out=folder / name,
+                seed=asked.seed,
+                settings=Settings(validate_every=10, test_steps=50, test_images=None),
+                resume=True,
+                display=LiveDisplay(),
+            )
+        except Interrupted as stopped:
+            again = f"holdfast demo --out {shlex.quote(str(folder))} --seed {asked.seed}"
+            raise Stopped(f"stopped; go on with: {again}", stopped.number) from None
         summaries[name] = finished.summary
     if asked.json:
         print_json({**summaries, "out": str(folder)})

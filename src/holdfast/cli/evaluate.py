@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.cli.arguments import MAX_DATA_HELP, Parser, positive, print_json
 from holdfast.data.limits import at_most
 from holdfast.errors import HoldfastError
+from holdfast.interruption import Stopped
 
 if TYPE_CHECKING:
     from holdfast.cli.subject import Subject
@@ -66,6 +68,7 @@ def parser() -> Parser:
     known.add_argument("--compile", action="store_true", help="compile the searching network")
     known.add_argument("--device", default="auto", metavar="D", help="auto, cpu or cuda (auto)")
     known.add_argument("--out", metavar="DIR", help="the evaluation's folder (RUN/evaluations/NAME)")
+    known.add_trust()
     known.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     return known
 
@@ -80,16 +83,19 @@ def run(argv: Sequence[str]) -> int:
 def _evaluate(asked: Namespace) -> int:
     """Evaluate as asked."""
     from holdfast import distributed
+    from holdfast.models.trust import trusting
 
     started = distributed.start_from_environment()
     first = distributed.rank() == 0
     try:
-        found = measure(asked)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; finished units are kept: give the same command again to go on") from None
+        with trusting(asked.trust_code):
+            found = measure(asked)
+    except KeyboardInterrupt as stopped:
+        number = getattr(stopped, "number", signal.SIGINT)
+        raise Stopped("stopped; finished units are kept: give the same command again to go on", number) from None
     finally:
         if started:
-            distributed.stop()
+            distributed.stop(after_error=sys.exc_info()[0] is not None)
     if first:
         tell(asked, found)
     flagged = [flag.name for result in found for flag in result.flags]

@@ -61,6 +61,6 @@ def run(argv: Sequence[str]) -> int:
         print_json(entry)
         print(belongs, file=sys.stderr)
     else:
-        write_json(Path(asked.out), entry)
+        write_json(Path(asked.out), entry, sealed=False)
         print(f"written to {asked.out}; {belongs}")
     return 0

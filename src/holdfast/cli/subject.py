@@ -96,7 +96,7 @@ def load_subject(
 
 def _data_of(file: Path) -> tuple[str, int | None]:
     """The data that a run's configuration names, and the size that its images are resized to."""
-    config = read_config(file)
+    config = read_config(file, check=True)
     data, training = config.get("data"), config.get("training")
     size = training.get("image_size") if isinstance(training, dict) else None
     if not isinstance(data, str) or not isinstance(training, dict) or not fits(size, int | None):

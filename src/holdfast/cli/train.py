@@ -53,6 +53,7 @@ def parser() -> Parser:
     known.add_argument("--out", metavar="DIR", help="the run folder (runs/<time>-<recipe>-<data>)")
     known.add_argument("--resume", action="store_true", help="go on with the run in --out")
     known.add_argument("--config", metavar="FILE", help="repeat the run of a config.yaml; other options change it")
+    known.add_trust()
     known.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     known.add_argument("--quiet", action="store_true", help=SUPPRESS)
     return known
@@ -77,7 +78,11 @@ def _train(asked: Namespace, rest: Sequence[str]) -> int:
     folder = Path(asked.out) if asked.out else None
     if asked.resume and folder is None:
         raise HoldfastError("--resume needs the run folder: add --out DIR")
-    config, data = configure(asked, rest, folder)
+    if folder is not None and int(os.environ.get("WORLD_SIZE", "1")) < 2:  # several processes refuse together, in `fit`
+        from holdfast.runs.lock import TRAINING, refuse_if_held
+
+        refuse_if_held(folder, work=TRAINING)  # before data is read; `fit` takes the lock
+    config, data, code = configure(asked, rest, folder)
 
     from dataclasses import fields
 
@@ -107,6 +112,8 @@ def _train(asked: Namespace, rest: Sequence[str]) -> int:
         init=config["init"],
         model_options=model,
         display=Display() if asked.quiet else LiveDisplay(),
+        code=code,
+        trust_code=asked.trust_code,
     )
     if int(os.environ.get("RANK", "0")) == 0:  # under torchrun one process speaks
         report(finished, as_json=asked.json)
@@ -127,27 +134,44 @@ def report(finished: Any, *, as_json: bool) -> None:
     print(f"everything lies in {finished.path}; next: holdfast evaluate {finished.path}")
 
 
-def configure(asked: Namespace, rest: Sequence[str], folder: Path | None) -> tuple[dict[str, Any], Any]:
-    """The resolved configuration that was asked for, and the data where it had to be loaded to find it."""
-    from holdfast.runs.folder import CONFIG, read_config
+def configure(asked: Namespace, rest: Sequence[str], folder: Path | None) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """Return the resolved configuration that was asked for, the data where it had to be loaded, and configured code.
 
-    resuming = asked.resume and folder is not None and (folder / CONFIG).exists()
+    The data is None where it is still to be loaded. The code is that which only a configuration names, by part.
+    """
+    from holdfast.runs.folder import read_config, run_config
+    from holdfast.runs.own_code import configured_code
+
+    begun = run_config(folder) if asked.resume and folder is not None else None
+    resuming = begun is not None
     if asked.paper_settings and (resuming or asked.config):
         raise HoldfastError("--paper-settings chooses a recipe's settings, and these are already chosen: leave it out")
-    if resuming and folder is not None:
-        config = read_config(folder / CONFIG)
+    if begun is not None:
+        config = begun
         if asked.recipe and asked.recipe.lower().replace("-", "_") != config.get("recipe"):
             raise HoldfastError(
                 f"{folder} holds a run of {config.get('recipe')}, not {asked.recipe}: leave the recipe out"
             )
-        data = None
+        data, place = None, folder
     elif asked.config:
-        config, data = read_config(Path(asked.config)), None
+        config, data, place = read_config(Path(asked.config)), None, Path(asked.config).parent
         if asked.recipe:
             raise HoldfastError("--config already names the recipe: give one or the other")
     else:
-        config, data = from_recipe(asked)
-    return apply(config, asked, rest), data
+        (config, data), place = from_recipe(asked), None
+    config = apply(config, asked, rest)
+    code = {} if place is None else configured_code(config, place, named=named_parts(asked, rest))
+    return config, data, code
+
+
+def named_parts(asked: Namespace, rest: Sequence[str]) -> set[str]:
+    """Return the parts of a configuration whose code the command line itself names."""
+    options = [word.partition("=")[0] for word in rest]
+    parts = {"model"} if asked.model or "--model.name" in options else set()
+    for option in options:
+        if option.startswith("--networks.") and option.endswith(".model"):
+            parts.add("networks/" + option.removeprefix("--networks.").removesuffix(".model"))
+    return parts
 
 
 def from_recipe(asked: Namespace) -> tuple[dict[str, Any], Any]:
@@ -202,7 +226,8 @@ def apply(config: dict[str, Any], asked: Namespace, rest: Sequence[str]) -> dict
     check_keys(config)
     config = {key: value for key, value in config.items() if key != "resolved"}
     if asked.model and asked.model != config["model"].get("name"):
-        config["model"] = {"name": asked.model}
+        moved = same_code(asked.model, config["model"].get("name"))
+        config["model"] = {**(config["model"] if moved else {}), "name": asked.model}
     numbers = ("epochs", "batch_size", "warmup", "label_smoothing", "extra_share", "gradient_clip")
     for name in ("data", "seed", "init", *numbers):
         if getattr(asked, name) is not None:
@@ -220,6 +245,18 @@ def apply(config: dict[str, Any], asked: Namespace, rest: Sequence[str]) -> dict
         if getattr(asked, name) is not None:
             config["training"] = {**config["training"], name: getattr(asked, name)}
     return override(config, rest, list(parser()._option_string_actions))
+
+
+def same_code(one: str, other: Any) -> bool:
+    """Whether two names mean the same function of files that are called alike: an own file, and its copy in a run.
+
+    Example:
+        >>> same_code("path/to/net.py:make", "code/model/net.py:make")
+        True
+    """
+    from holdfast.models.own_file import names_code
+
+    return names_code(one) and names_code(other) and Path(one).name == Path(other).name
 
 
 def scale_with_epsilon(config: dict[str, Any], epsilon: str) -> None:

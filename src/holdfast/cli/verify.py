@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def parser() -> Parser:
         "--batch-size", type=positive, action="append", metavar="N", help="repeat for several (1 17 250)"
     )
     known.add_argument("--device", default="cpu", metavar="D", help="auto, cpu or cuda (cpu)")
+    known.add_trust()
     known.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return known
 
@@ -32,6 +34,14 @@ def parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     """Recount, print."""
     asked = parser().read(argv)
+    from holdfast.models.trust import trusting
+
+    with trusting(asked.trust_code):
+        return recounted(asked)
+
+
+def recounted(asked: Namespace) -> int:
+    """Recount the evaluation that was asked for."""
     from holdfast.cli.subject import load_subject, names_a_file
     from holdfast.evaluation.ledger import PROTOCOL
     from holdfast.evaluation.verified import BATCH_SIZES, in_words, recount

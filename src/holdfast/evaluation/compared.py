@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import Damaged, HoldfastError
 from holdfast.evaluation.results import (
     Row,
     aligned,
@@ -21,13 +21,12 @@ from holdfast.evaluation.results import (
 )
 from holdfast.evaluation.statistics import difference_interval, mcnemar, wilson_interval
 from holdfast.parsing import LINES_BYTES, parse_json_lines
-from holdfast.regular_files import read_regular
+from holdfast.runs.digests import checked_bytes
 from holdfast.runs.files import read_json
 
 PROTOCOL, LEDGER, FLAGS = "protocol.json", "ledger.jsonl", "flags.json"
 FORMAT = 1
 _NEEDED = ("attack", "attacks", "threat", "epsilon", "seed", "n", "model", "data", "data_name", "model_name", "classes")
-_AGAIN = "restore the file or evaluate anew"
 _KEYS = {"index", "label", "verdict", "attack"}
 
 
@@ -55,7 +54,7 @@ def read_protocol(folder: Path) -> dict[str, Any]:
         HoldfastError: missing, damaged, or of another version.
     """
     path = folder / PROTOCOL
-    protocol = read_json(path)
+    protocol = read_json(path, advice=_anew(folder))
     if protocol.get("format") != FORMAT:
         raise HoldfastError(
             f"{path} has format {protocol.get('format')}, this version reads {FORMAT}: use holdfast"
@@ -63,8 +62,12 @@ def read_protocol(folder: Path) -> dict[str, Any]:
         )
     lacking = [key for key in _NEEDED if key not in protocol]
     if lacking:
-        raise HoldfastError(f"{path} is damaged, it lacks {', '.join(lacking)}: restore it or evaluate anew")
+        raise Damaged(f"{path} is damaged, it lacks {', '.join(lacking)}", _anew(folder))
     return protocol
+
+
+def _anew(folder: Path) -> str:
+    return f"restore it from a copy, or delete {folder} and evaluate again"
 
 
 def read_finished(folder: Path) -> Finished:
@@ -77,18 +80,19 @@ def read_finished(folder: Path) -> Finished:
     for name in (LEDGER, FLAGS):
         if not (folder / name).is_file():
             raise _incomplete(folder, f"{name} is missing")
-    content = read_regular(folder / LEDGER, most=LINES_BYTES)
-    rows = parse_json_lines(content, str(folder / LEDGER), advice=_AGAIN)
+    content = checked_bytes(folder / LEDGER, most=LINES_BYTES, advice=_anew(folder))
+    rows = parse_json_lines(content, str(folder / LEDGER), advice=_anew(folder))
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not row.keys() >= _KEYS:
-            raise HoldfastError(f"line {number} of {folder / LEDGER} is damaged: {_AGAIN}")
+            raise Damaged(f"line {number} of {folder / LEDGER} is damaged", _anew(folder))
     if len(rows) < protocol["n"]:
         raise _incomplete(folder, f"{len(rows)} of {protocol['n']} images are done")
     if len(rows) > protocol["n"] or len({row["index"] for row in rows}) < len(rows):
-        raise HoldfastError(f"{folder / LEDGER} is damaged, it names an image twice or too many: evaluate anew")
-    flags = read_json(folder / FLAGS).get("flags")
+        raise Damaged(f"{folder / LEDGER} is damaged, it names an image twice or too many", _anew(folder))
+    advice = "give the same `holdfast evaluate` command again, which writes it anew"
+    flags = read_json(folder / FLAGS, advice=advice).get("flags")
     if not isinstance(flags, list):
-        raise HoldfastError(f"{folder / FLAGS} is damaged, it holds no flags: restore it or evaluate anew")
+        raise Damaged(f"{folder / FLAGS} is damaged, it holds no flags", advice)
     return Finished(folder, protocol, sorted(rows, key=lambda row: row["index"]), flags)
 
 

@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from holdfast.attacks.stepwise import StepwiseAttack
+
 
 def of_model(model: nn.Module) -> str:
     """The SHA-256 of a network's structure, as it prints itself, and of all its parameters and buffers.
@@ -30,6 +32,12 @@ def of_images(x: Tensor, y: Tensor) -> str:
         found.update(_bytes(part))
     found.update(_bytes(y))
     return found.hexdigest()
+
+
+def of_attack(attack: StepwiseAttack) -> str:
+    """Return an attack with all its settings; of another network that it uses, the SHA-256."""
+    source = getattr(attack, "source", None)
+    return repr(attack) + (f" of weights {of_model(source)}" if isinstance(source, nn.Module) else "")
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -100,6 +100,16 @@ def as_dict(flag: Flag) -> dict[str, Any]:
     }
 
 
+def from_dict(found: Mapping[str, Any]) -> Flag:
+    """The flag that `as_dict` wrote.
+
+    Example:
+        >>> from_dict(as_dict(Flag("few-images", "n is 10", "warning", {"n": 10}))).values
+        {'n': 10.0}
+    """
+    return Flag(found["name"], found["says"], found["severity"], dict(found["values"]))
+
+
 def from_rows(rows: Sequence[Mapping[str, Any]], *, threat: ThreatModel) -> list[Flag]:
     """What the finished rows of an evaluation give reason to doubt.
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import Damaged, HoldfastError
 from holdfast.parsing import LINES_BYTES, parse_json_lines, through_json
-from holdfast.regular_files import read_regular
-from holdfast.runs.files import read_json, write_json, write_text, write_whole
+from holdfast.runs.digests import checked_bytes, matches, of_file
+from holdfast.runs.files import full_disk_told, read_json, remove_halves, write_json, write_text, write_whole
+from holdfast.runs.lock import FolderLock
 from holdfast.runs.weights_header import weight_shapes
 
 PROTOCOL, LEDGER, UNITS, EXAMPLES = "protocol.json", "ledger.jsonl", "units", "examples"
@@ -27,7 +27,7 @@ SAYS = {
     "data": "data (its images differ; a loader must not shuffle)",
     "images": "choice of images",
 }
-_AGAIN = "restore it, or delete its folder and evaluate again"
+EXAMPLE_PARTS = {"x", "x_adv", "y", "index"}
 NAMES = ("model_name", "data_name", "about")
 """What a protocol says for people only: it may change from one call to the next."""
 
@@ -35,22 +35,33 @@ NAMES = ("model_name", "data_name", "about")
 class Ledger:
     """A folder with one file for each finished unit; together they are the ledger.
 
-    A unit's file is written beside its place and renamed, so that a kill at any moment leaves it whole or absent.
-    Without a path everything is kept in memory.
+    A unit's file is written beside its place and renamed, so that a kill at any moment leaves it whole or absent, and
+    its SHA-256 is kept beside it, so that later damage is noticed. Without a path everything is kept in memory.
 
     Args:
         path: The folder; made if missing.
         protocol: What is evaluated, and how. A folder that holds another evaluation is refused.
+        lock: The lock on the folder, where this process writes to it.
+
+    Attributes:
+        damaged: What is wrong with the files of finished units that `has` has looked at, in words.
+        unchecked: Files that were read though no digest is recorded beside them.
 
     Raises:
         HoldfastError: the folder holds something else.
     """
 
-    def __init__(self, path: Path | None, protocol: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, protocol: Mapping[str, Any], lock: FolderLock | None = None) -> None:
         self.path = path
         self.protocol = dict(protocol)
+        self.lock = lock
         self.kept: dict[int, tuple[list[dict[str, Any]], dict[str, Tensor] | None]] = {}
-        self._lock: IO[str] | None = None
+        self.damaged: list[str] = []
+        self.unchecked: list[Path] = []
+
+    @property
+    def _anew(self) -> str:
+        return f"restore it from a copy, or delete {self.path} and evaluate again"
 
     def open(self, *, writes: bool) -> None:
         """Look at the folder, and make it. Every process looks; one writes."""
@@ -60,7 +71,7 @@ class Ledger:
             raise HoldfastError(f"{self.path} is a file: choose another --out")
         file = self.path / PROTOCOL
         if file.is_file():
-            different = difference(read_json(file), self.protocol)
+            different = difference(read_json(file, advice=self._anew), self.protocol)
             if different:
                 raise HoldfastError(
                     f"{self.path} holds an evaluation with another {different}: choose another --out, or delete it"
@@ -68,28 +79,19 @@ class Ledger:
         elif self.path.is_dir() and any(not each.name.startswith(".") for each in self.path.iterdir()):
             raise HoldfastError(f"{self.path} is not empty and holds no evaluation: choose another --out")
         if writes:
-            self._lock_folder()
+            remove_halves(self.path, self.path / UNITS, self.path / EXAMPLES)
             if not file.is_file():
                 write_json(file, self.protocol)
+            self.check()
 
-    def _lock_folder(self) -> None:
-        """Refuse a second evaluation in the same folder at the same time. The lock goes with the process."""
-        assert self.path is not None  # only called with one
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise HoldfastError(
-                f"another evaluation is writing to {self.path}: wait for it or choose another --out"
-            ) from None
+    def check(self) -> None:
+        """Look whether the folder is still there. Every writer asks before it writes.
 
-    def close(self) -> None:
-        """Let others write."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        Raises:
+            HoldfastError: it was deleted, moved or replaced.
+        """
+        if self.lock is not None:
+            self.lock.check()
 
     def _unit_file(self, number: int) -> Path:
         assert self.path is not None  # only called with one
@@ -101,9 +103,18 @@ class Ledger:
         return self.path / EXAMPLES / f"{number:06d}.safetensors"
 
     def has(self, number: int, *, examples: bool) -> bool:
-        """Whether a unit is finished, with its examples if they are wanted."""
+        """Whether a unit is finished and whole, with its examples if they are wanted. Damage is added to `damaged`."""
         done = number in self.kept if self.path is None else self._unit_file(number).is_file()
-        return done and (not examples or self.has_examples(number))
+        if not done or (examples and not self.has_examples(number)):
+            return False
+        try:
+            self.rows_of(number)
+            if examples:
+                self.check_examples(number)
+        except Damaged as error:
+            self.damaged.append(error.what)
+            return False
+        return True
 
     def has_examples(self, number: int) -> bool:
         """Whether a finished unit's examples were kept."""
@@ -114,29 +125,76 @@ class Ledger:
         if self.path is None:
             self.kept[number] = ([dict(row) for row in rows], None if examples is None else dict(examples))
             return
+        self.check()
         if examples is not None:
             data = save({name: tensor.detach().cpu().contiguous() for name, tensor in examples.items()})
-            write_whole(self.examples_file(number), lambda file: file.write(data))
-        write_text(self._unit_file(number), "".join(json.dumps(row) + "\n" for row in rows))
+            write_whole(self.examples_file(number), lambda file: file.write(data), hashed=True)
+        write_text(self._unit_file(number), "".join(json.dumps(row) + "\n" for row in rows), hashed=True)
 
     def rows_of(self, number: int) -> list[dict[str, Any]]:
         """A finished unit's rows."""
         if self.path is None:
             return self.kept[number][0]
-        return read_rows(self._unit_file(number))
+        advice = "give the same `holdfast evaluate` command again, which evaluates these images again"
+        return read_rows(self._unit_file(number), advice=advice, unchecked=self.unchecked.append)
+
+    def check_examples(self, number: int) -> None:
+        """Look whether a unit's saved examples are as they were written, without keeping them in memory.
+
+        Raises:
+            Damaged: they are not.
+        """
+        if self.path is None:
+            return
+        file = self.examples_file(number)
+        right = matches(file, of_file(file))
+        if right is False:
+            raise Damaged(f"{file} was changed or damaged after it was written", self._anew)
+        if right is None:
+            self.examples_of(number)
+
+    def look_at_examples(self, units: int, *, wanted: bool, say: Callable[[str], None]) -> None:
+        """Notice lost and damaged examples of a finished evaluation.
+
+        Args:
+            units: How many units there are.
+            wanted: Refuse them. Otherwise they are only said: the ledger is whole without them.
+            say: Gets what is to be told.
+
+        Raises:
+            HoldfastError: examples are wanted, and some are missing or damaged.
+        """
+        kept = [number for number in range(units) if self.has_examples(number)]
+        if wanted and len(kept) < units:
+            raise HoldfastError(
+                f"{self.path} was finished without its examples, or has lost some: delete it, or choose another --out,"
+                " to save them"
+            )
+        if 0 < len(kept) < units:
+            say(f"{self.path} has lost some of its examples: `holdfast verify` cannot recount it")
+        for number in kept:
+            try:
+                self.check_examples(number)
+            except Damaged as damage:
+                if wanted:
+                    raise
+                say(f"{damage.what}: `holdfast verify` cannot recount this evaluation")
 
     def examples_of(self, number: int) -> dict[str, Tensor] | None:
         """A finished unit's examples, if they were kept."""
         if self.path is None:
             return self.kept[number][1]
         file = self.examples_file(number)
+        if not file.is_file():
+            return None
         try:
-            if not file.is_file():
-                return None
             weight_shapes(file)
-            return load_file(file)
+            found = load(checked_bytes(file, advice=self._anew, unchecked=self.unchecked.append))
         except (SafetensorError, OSError):
-            raise HoldfastError(f"{file} is damaged: restore it, or delete the folder and evaluate again") from None
+            raise Damaged(f"{file} is damaged", self._anew) from None
+        if not found.keys() >= EXAMPLE_PARTS or len({len(found[name]) for name in EXAMPLE_PARTS}) > 1:
+            raise Damaged(f"{file} is damaged: it holds no examples", self._anew)
+        return found
 
     def merged(self, units: int, images: int) -> list[dict[str, Any]]:
         """All rows in order; with a folder, as one file from now on.
@@ -145,17 +203,17 @@ class Ledger:
             HoldfastError: there are not as many rows as images.
         """
         if self.finished and self.path is not None:
-            rows = read_rows(self.path / LEDGER)
+            rows = read_rows(self.path / LEDGER, advice=self._anew, unchecked=self.unchecked.append)
             if len(rows) != images:
-                raise HoldfastError(
-                    f"{self.path / LEDGER} has {len(rows)} rows for {images} images: restore it, or delete the folder"
-                    " and evaluate again"
-                )
+                raise Damaged(f"{self.path / LEDGER} has {len(rows)} rows for {images} images", self._anew)
+            shutil.rmtree(self.path / UNITS, ignore_errors=True)  # killed before it was removed
             return rows
         rows = [row for number in range(units) for row in self.rows_of(number)]
         if self.path is not None:
-            write_text(self.path / LEDGER, "".join(json.dumps(row) + "\n" for row in rows))
-            shutil.rmtree(self.path / UNITS)
+            self.check()
+            write_text(self.path / LEDGER, "".join(json.dumps(row) + "\n" for row in rows), hashed=True)
+            with full_disk_told(self.path / UNITS):
+                shutil.rmtree(self.path / UNITS)
         return rows
 
     @property
@@ -164,16 +222,27 @@ class Ledger:
         return self.path is not None and (self.path / LEDGER).is_file()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ledger, or of one of its units.
+def read_rows(
+    path: Path,
+    *,
+    advice: str = "restore it, or delete its folder and evaluate again",
+    unchecked: Callable[[Path], None] | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of a ledger, or of one of its units, after its SHA-256 has been compared with the one beside it.
+
+    Args:
+        path: The file.
+        advice: How to go on without it.
+        unchecked: Called with the path where no digest is recorded; None writes a line to standard error.
 
     Raises:
-        HoldfastError: missing or damaged.
+        HoldfastError: missing or damaged (`Damaged`).
     """
     try:
-        rows = parse_json_lines(read_regular(path, most=LINES_BYTES), str(path), advice=_AGAIN)
+        content = checked_bytes(path, most=LINES_BYTES, advice=advice, unchecked=unchecked)
+        rows = parse_json_lines(content, str(path), advice=advice)
         if not all(isinstance(row, dict) and "verdict" in row for row in rows):
-            raise HoldfastError(f"{path} is damaged: {_AGAIN}")
+            raise Damaged(f"{path} is damaged", advice)
         return rows
     except FileNotFoundError:
         raise HoldfastError(f"{path} is missing: finish the evaluation with the command that began it") from None

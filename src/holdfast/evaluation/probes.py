@@ -191,8 +191,8 @@ def _batch_dependent(probed: ProbedModel) -> Flag | None:
 
 
 def _optimises(probed: ProbedModel) -> Flag | None:
-    """Calls of the gradient engine during one forward; not asked while a profiler runs, whose place it would take."""
-    if sys.getprofile() is not None:
+    """Count the calls of the gradient engine during one forward."""
+    if sys.getprofile() is not None:  # a person's profiler, whose place the count would take; up to 3.11 cProfile too
         return None
     with _engine_calls() as calls:
         probed.raw(probed.x)

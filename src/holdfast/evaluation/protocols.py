@@ -257,3 +257,18 @@ def of_attacks(attacks: Sequence[StepwiseAttack], *, until_nearest: bool = False
     """A protocol of one's own attacks, named after them."""
     label = " + ".join(attack.name for attack in attacks)
     return Protocol(f"{label}, nearest examples" if until_nearest else label, tuple(attacks), False, until_nearest)
+
+
+def protocol_of(attack: Any, threat: ThreatModel, options: Options | None) -> Protocol:
+    """Return the protocol that was named or given.
+
+    Raises:
+        HoldfastError: the name is unknown, or it is neither a name nor attacks.
+    """
+    if isinstance(attack, Protocol):
+        return attack
+    if isinstance(attack, str):
+        return named(attack, threat, options)
+    if isinstance(attack, Sequence) and attack and all(isinstance(each, StepwiseAttack) for each in attack):
+        return of_attacks(attack)
+    raise HoldfastError(f"attack is {attack!r}: give a name such as autoattack, or a list of attacks such as [APGD()]")

@@ -158,12 +158,13 @@ class Pursuit:
         self.job_target = nothing if targets is None else targets[self.job_image, self.job_rank]
         self.next_job = 0
 
-    def run(self, tell: Tell | None = None) -> None:
-        """To the end.
+    def run(self, tell: Tell | None = None, pause: Callable[[], None] | None = None) -> None:
+        """Run every job until it finishes or its image is broken.
 
         Args:
             tell: Told now and then how many passes were made since, how many jobs have not begun, and how many there
                 are.
+            pause: Called after every pass; it may raise, and the unit is then not finished.
         """
         self.unit.begin()
         passes = 0
@@ -175,6 +176,8 @@ class Pursuit:
                 return
             since += 1
             self._pass(work)
+            if pause is not None:
+                pause()
             passes += len(work.job) * (2 if self.attack.asks != "logits" else 1)
             if tell is not None and passes > 20 * len(work.job):
                 tell(passes, len(self.job_image) - self.next_job, len(self.job_image))

@@ -7,9 +7,10 @@ import io
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from itertools import pairwise
 from typing import Any
+
+import torch
 
 from holdfast import __version__
 from holdfast.errors import HoldfastError
@@ -344,7 +345,7 @@ def log(summary: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
         f" {summary['data'][:16]}",
         f"attack    {summary['attack']}, seed {summary['seed']}",
         f"made by   holdfast {summary['version']}, format {protocol['format']}, {protocol['unit']} images a unit",
-        f"log by    holdfast {__version__}, torch {metadata.version('torch')}, Python {platform.python_version()}",
+        f"log by    holdfast {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"passes    {passes['forward']:,.1f} forward, {passes['backward']:,.1f} backward, {passes['verifying']:,.1f}"
         f" verifying an image; {summary['seconds']:,.0f} s",
         "",

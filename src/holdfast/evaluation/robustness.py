@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,61 +19,21 @@ from holdfast.errors import HoldfastError
 from holdfast.evaluation import fingerprint, flags, probes, results
 from holdfast.evaluation.estimate import Estimate
 from holdfast.evaluation.inputs import Inputs, as_inputs, check_logits, chosen
-from holdfast.evaluation.ledger import Ledger
+from holdfast.evaluation.ledger import PROTOCOL, Ledger
 from holdfast.evaluation.networks import Deciding, Searching, Speed
 from holdfast.evaluation.probed_model import left_as_it_was
-from holdfast.evaluation.protocols import Options, Protocol, adaptations, named, of_attacks
+from holdfast.evaluation.protocols import Options, Protocol, adaptations, protocol_of
 from holdfast.evaluation.pursuit import Pursuit, Rules
+from holdfast.evaluation.result import Result as Result
 from holdfast.evaluation.unit import Unit, rows_of
+from holdfast.interruption import Interruption, Stopped
 from holdfast.keyed_random import Key, permutation
 from holdfast.progress_display import Display
 from holdfast.runs.files import read_json, write_json, write_text
+from holdfast.runs.lock import EVALUATING, locked
 from holdfast.threat import ThreatModel
 
 PROBED, TRIED, OUTPUTS = 64, 8, 100
-
-
-@dataclass(frozen=True)
-class Result:
-    """What an evaluation found.
-
-    Attributes:
-        summary: Accuracies with intervals, what each attack broke, passes, flags; what summary.json holds.
-        rows: One mapping an image; what ledger.jsonl holds.
-        flags: What speaks against quoting the number.
-        path: The folder, or None.
-        log: Plain text that can be pasted into an issue.
-    """
-
-    summary: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
-    flags: Sequence[flags.Flag]
-    path: Path | None
-    log: str
-    ledger: Ledger = field(repr=False)
-
-    @property
-    def robust_accuracy(self) -> float:
-        """Share of images that are classified correctly and that no attack broke."""
-        return float(self.summary["robust_accuracy"])
-
-    @property
-    def clean_accuracy(self) -> float:
-        """Share of images that are classified correctly."""
-        return float(self.summary["clean_accuracy"])
-
-    def examples(self) -> Tensor | None:
-        """The adversarial images (the clean ones where none was found), (N, C, H, W); None if they were not kept."""
-        parts = [self.ledger.examples_of(number) for number in range(self._units)]
-        whole = [part["x_adv"] for part in parts if part is not None]
-        return torch.cat(whole) if len(whole) == len(parts) and whole else None
-
-    @property
-    def _units(self) -> int:
-        return -(-len(self.rows) // int(self.ledger.protocol["unit"]))
-
-    def __str__(self) -> str:
-        return results.in_words(self.summary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +81,7 @@ class Plan:
             "version": __version__,
             "attack": self.protocol.label,
             "attacks": [attack.name for attack in self.protocol.attacks],
-            "settings": [_settings(attack) for attack in self.protocol.attacks],
+            "settings": [fingerprint.of_attack(attack) for attack in self.protocol.attacks],
             "notes": adaptations(self.protocol, logits.shape[1]),
             "threat": self.threat.norm,
             "epsilon": self.threat.epsilon,
@@ -142,32 +104,33 @@ class Plan:
         """All units that are not yet done, by all processes, then the summary."""
         if isinstance(self.unit, bool) or not isinstance(self.unit, int) or self.unit < 1:
             raise HoldfastError(f"unit is {self.unit!r}: give a whole number of images, at least 1")
-        with torch.inference_mode(False), left_as_it_was(self.model, self.inputs.device):
+        with ExitStack() as stack:
+            stack.enter_context(distributed.others_missed())
+            interruption = stack.enter_context(Interruption())
+            lock = self.path and stack.enter_context(locked(self.path, work=EVALUATING, kept_for=PROTOCOL))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(left_as_it_was(self.model, self.inputs.device))
+            stack.callback(self.display.stop)
             logits = self._first_logits()
-            ledger = Ledger(self.path, self.describe(logits))
-            try:
-                self._open(ledger)
-                raised = self._probed(ledger)
-                if not ledger.finished:
-                    randomised = any(flag.name == "randomised" for flag in raised)
-                    self._units(ledger, classes=logits.shape[1], randomised=randomised)
-                return self._result(ledger, raised)
-            finally:
-                self.display.stop()
-                ledger.close()
+            ledger = Ledger(self.path, self.describe(logits), lock)
+            self._open(ledger)
+            raised = self._probed(ledger)
+            if not ledger.finished:
+                randomised = any(flag.name == "randomised" for flag in raised)
+                with interruption.finishing("this pass"):
+                    self._units(ledger, interruption, classes=logits.shape[1], randomised=randomised)
+            return self._result(ledger, raised)
 
     def _open(self, ledger: Ledger) -> None:
         """Rank 0 first: the others look when the folder is made."""
-        if distributed.rank() == 0:
-            ledger.open(writes=True)
-        distributed.barrier()
+        with distributed.refused_together():
+            if distributed.rank() == 0:
+                ledger.open(writes=True)
         if distributed.rank() != 0:
             ledger.open(writes=False)
-        wanted = range(self._count) if ledger.finished and self.save_examples else ()
-        if not all(ledger.has_examples(number) for number in wanted):
-            raise HoldfastError(
-                f"{ledger.path} was finished without its examples: delete it, or choose another --out, to save them"
-            )
+        if ledger.finished:
+            look = partial(ledger.look_at_examples, self._count, wanted=self.save_examples, say=self.display.say)
+            distributed.decided_by_first(look)
 
     def _first_logits(self) -> Tensor:
         """Of the first few images, (n, K); from the same draws whenever it is called."""
@@ -189,23 +152,36 @@ class Plan:
         file = None if ledger.path is None else ledger.path / "probes.json"
         if file is not None and file.is_file():
             try:
-                return [flags.Flag(**found) for found in read_json(file)["flags"]]
-            except (HoldfastError, KeyError, TypeError):
-                pass  # damaged: measured again
+                return [flags.from_dict(found) for found in read_json(file)["flags"]]
+            except (HoldfastError, LookupError, TypeError):
+                self.display.say(f"{file} is damaged: it is measured again")
         key = Key(self.seed).fold("probes")
         some = permutation(key.fold("images"), len(self.inputs.y))[:PROBED].sort().values
         x, y, index = self.inputs.part(some)
         torch.manual_seed(key.torch_seed)
         raised = probes.probe(self.model, x, y, self.threat, key=key, index=index)
-        distributed.barrier()
-        if file is not None and distributed.rank() == 0:
-            write_json(file, {"flags": [flags.as_dict(flag) for flag in raised]})
+        distributed.barrier()  # by now all have looked whether the file is there
+        with distributed.refused_together():
+            if file is not None and distributed.rank() == 0:
+                ledger.check()
+                write_json(file, {"flags": [flags.as_dict(flag) for flag in raised]})
         return raised
 
-    def _units(self, ledger: Ledger, *, classes: int, randomised: bool) -> None:
-        """Every unit of this process that is not yet done."""
+    def _units(self, ledger: Ledger, interruption: Interruption, *, classes: int, randomised: bool) -> None:
+        """Work on every unit of this process that is not yet done.
+
+        Raises:
+            Stopped: it was asked to; finished units are kept.
+        """
+
+        def pause() -> None:
+            if interruption.asked:
+                raise Stopped(number=interruption.number)
+
         own = range(distributed.rank(), self._count, distributed.world_size())
         todo = [number for number in own if not ledger.has(number, examples=self.save_examples)]
+        for damage in ledger.damaged:
+            self.display.say(f"{damage}: these images are evaluated again")
         if not todo:
             return
         x = self.inputs.part(slice(0, TRIED))[0]
@@ -221,13 +197,14 @@ class Plan:
             started = time.monotonic()
             unit = self._unit(number, deciding)
             for place in range(len(self.protocol.attacks)):
-                self._attack(unit, place, deciding, searching, estimate)
+                self._attack(unit, place, deciding, searching, estimate, pause)
             seconds = (time.monotonic() - started) / len(unit.y)
             rows = rows_of(unit, self.protocol.attacks, seconds, deciding, self.threat.epsilon)
             examples = {"x": unit.x, "x_adv": unit.example, "y": unit.y, "index": unit.index}
             ledger.write(number, rows, examples if self.save_examples else None)
             estimate.done_images += len(unit.y)
             self.display.advance(len(unit.y))
+            pause()
 
     def _slice(self, number: int) -> slice:
         return slice(number * self.unit, (number + 1) * self.unit)
@@ -244,8 +221,16 @@ class Plan:
             unit.carry(before, examples["x_adv"].to(x.device), self.carried.summary["epsilon"])
         return unit
 
-    def _attack(self, unit: Unit, place: int, deciding: Deciding, searching: Searching, estimate: Estimate) -> None:
-        """One attack on one unit."""
+    def _attack(
+        self,
+        unit: Unit,
+        place: int,
+        deciding: Deciding,
+        searching: Searching,
+        estimate: Estimate,
+        pause: Callable[[], None],
+    ) -> None:
+        """Run one attack on one unit."""
         if place == 0:
             estimate.unit(len(unit.y), int(unit.robust.sum()))
         rules = Rules(
@@ -263,7 +248,7 @@ class Plan:
             estimate.attack(place, int(unit.robust.sum()), jobs_left, jobs)
             self.display.note(attack.name, estimate.seconds_left)
 
-        pursuit.run(tell)
+        pursuit.run(tell, pause)
 
     def _result(self, ledger: Ledger, raised: Sequence[flags.Flag]) -> Result:
         """Merge what all processes found, and write the summary."""
@@ -272,21 +257,28 @@ class Plan:
         if ledger.path is None:
             for kept in distributed.gather_objects(ledger.kept):
                 ledger.kept.update(kept)
-        if distributed.rank() == 0 or ledger.path is None:
-            rows = ledger.merged(self._count, len(self.inputs.y))
-        distributed.barrier()
+        with distributed.refused_together():
+            if distributed.rank() == 0 or ledger.path is None:
+                rows = ledger.merged(self._count, len(self.inputs.y))
         if not (distributed.rank() == 0 or ledger.path is None):
             rows = ledger.merged(self._count, len(self.inputs.y))
+        if ledger.unchecked:
+            self.display.say(
+                f"files of {ledger.path} are used unchecked, without a .sha256 beside them (older versions wrote none)"
+            )
         every = [*raised, *(flags.from_rows(rows, threat=self.threat) if self.probe else [])]
         told = [flags.as_dict(flag) for flag in every]
         summary = results.summarize(rows, protocol, told)
         summary = {**summary, "about": protocol["about"], "notes": protocol["notes"]}
         log = results.log(summary, protocol) + "".join(f"note: {note}\n" for note in protocol["notes"])
-        if ledger.path is not None and distributed.rank() == 0:
-            write_json(ledger.path / "flags.json", {"flags": told})
-            write_json(ledger.path / "summary.json", summary)
-            write_text(ledger.path / "images.csv", results.images_csv(rows))
-            write_text(ledger.path / "log.txt", log)
+        with distributed.refused_together():
+            if ledger.path is not None and distributed.rank() == 0:
+                ledger.check()
+                write_json(ledger.path / "flags.json", {"flags": told})
+                write_json(ledger.path / "summary.json", summary)
+                write_text(ledger.path / "images.csv", results.images_csv(rows))
+                write_text(ledger.path / "log.txt", log)
+                ledger.check()
         return Result(summary, rows, every, ledger.path, log, ledger)
 
 
@@ -329,7 +321,9 @@ def evaluate(
     Units:
         Pixels in [0, 1].
     Raises:
-        HoldfastError: images, labels or settings cannot be used, or the folder holds another evaluation.
+        HoldfastError: images, labels or settings cannot be used, the folder holds another evaluation, or another
+            process writes to it.
+        Stopped: Ctrl-C, SIGTERM or SIGHUP, after the current pass; finished units are kept in `out`.
 
     Example:
         >>> from holdfast.threat import Linf
@@ -349,7 +343,7 @@ def evaluate(
         raise HoldfastError(f"speed is a {type(speed).__name__}: give Speed(precision=…, batch_size=…)")
     with torch.inference_mode(False):
         inputs = chosen(as_inputs(model, images, labels), n)
-    protocol = _protocol(attack, threat, options)
+    protocol = protocol_of(attack, threat, options)
     protocol.require(threat)
     return Plan(
         model=model,
@@ -363,20 +357,3 @@ def evaluate(
         save_examples=save_examples,
         probe=probe,
     ).run()
-
-
-def _protocol(attack: Any, threat: ThreatModel, options: Options | None) -> Protocol:
-    """The protocol that was named or given."""
-    if isinstance(attack, Protocol):
-        return attack
-    if isinstance(attack, str):
-        return named(attack, threat, options)
-    if isinstance(attack, Sequence) and attack and all(isinstance(each, StepwiseAttack) for each in attack):
-        return of_attacks(attack)
-    raise HoldfastError(f"attack is {attack!r}: give a name such as autoattack, or a list of attacks such as [APGD()]")
-
-
-def _settings(attack: StepwiseAttack) -> str:
-    """An attack with all its settings; of another network its weights' hash."""
-    source = getattr(attack, "source", None)
-    return repr(attack) + (f" of weights {fingerprint.of_model(source)}" if isinstance(source, nn.Module) else "")

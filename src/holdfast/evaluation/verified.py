@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.evaluation import fingerprint
-from holdfast.evaluation.ledger import LEDGER, PROTOCOL, Ledger, read_rows
+from holdfast.evaluation.ledger import EXAMPLES, LEDGER, PROTOCOL, Ledger, read_rows
 from holdfast.evaluation.networks import Deciding
 from holdfast.evaluation.statistics import wilson_interval
 from holdfast.evaluation.unit import BROKEN, ROBUST, WRONG
 from holdfast.functional import misclassified
+from holdfast.runs.digests import tell_unchecked
 from holdfast.runs.files import read_json
 from holdfast.threat import build_threat
 
@@ -41,7 +42,7 @@ def recount(folder: Path, model: nn.Module, *, batch_sizes: Sequence[int] = BATC
     Raises:
         HoldfastError: the folder holds no finished evaluation with images, or one of another network.
     """
-    protocol = read_json(folder / PROTOCOL)
+    protocol = read_json(folder / PROTOCOL, advice=f"restore it from a copy, or delete {folder} and evaluate again")
     lacking = [key for key in ("model", "threat", "epsilon", "unit", "attack", "images") if key not in protocol]
     if lacking:
         raise HoldfastError(f"{folder / PROTOCOL} is damaged, it lacks {lacking[0]}: restore it or evaluate again")
@@ -86,7 +87,15 @@ def recount(folder: Path, model: nn.Module, *, batch_sizes: Sequence[int] = BATC
 
 def _part(folder: Path, protocol: Mapping[str, Any], number: int) -> dict[str, Tensor]:
     """One unit's saved images."""
-    part = Ledger(folder, protocol).examples_of(number)
+    ledger = Ledger(folder, protocol)
+    part = ledger.examples_of(number)
+    if ledger.unchecked:
+        tell_unchecked(ledger.unchecked[0])
+    if part is None and (folder / EXAMPLES).is_dir():
+        raise HoldfastError(
+            f"{ledger.examples_file(number)} is missing: restore it, or delete {folder} and evaluate again with"
+            " --save-examples"
+        )
     if part is None:
         raise HoldfastError(f"{folder} keeps no images: evaluate with --save-examples to be able to recount")
     return part

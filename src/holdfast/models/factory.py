@@ -13,7 +13,7 @@ from torch import nn
 
 from holdfast.errors import HoldfastError
 from holdfast.models.classifier import require_at_least
-from holdfast.models.own_file import own_function
+from holdfast.models.own_file import OwnCode, names_code
 from holdfast.models.preact_resnet import PreActResNet18
 from holdfast.models.resnet import ResNet18
 from holdfast.models.size import require_memory, shapes_of
@@ -37,7 +37,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(
-    name: str,
+    name: str | OwnCode,
     *,
     num_classes: int,
     channels: int = 3,
@@ -53,7 +53,8 @@ def build(
     given ones of mean and std, and the options that its signature has.
 
     Args:
-        name: A key of `holdfast.models.table.MODELS`, in any case, with - or _; or `path/to/file.py:function`.
+        name: A key of `holdfast.models.table.MODELS`, in any case, with - or _; or `path/to/file.py:function`, which
+            is executed because you name it; or code that a configuration names, which is executed where it is trusted.
         num_classes: K, at least 2.
         channels: C.
         image_size: (H, W).
@@ -74,8 +75,10 @@ def build(
         torch.Size([2, 10])
     """
     given, extra = _checked(num_classes, channels, image_size, mean, std, options)
-    if is_own(name):
+    if isinstance(name, OwnCode):
         return _build_from_file(name, given, extra)
+    if names_code(name):
+        return _build_from_file(OwnCode.named(name), given, extra)
     key, make = _named(name, given, extra)
     require_memory(shapes_of(make, key), key)
     return make()
@@ -112,11 +115,6 @@ def shapes(
     return shapes_of(make, key)
 
 
-def is_own(name: str) -> bool:
-    """Whether a name is that of a function in a file, and not that of a network in the table."""
-    return ":" in name or name.endswith(".py")
-
-
 def _checked(
     num_classes: int,
     channels: int,
@@ -149,7 +147,7 @@ def _named(name: str, given: Mapping[str, Any], extra: Mapping[str, Any]) -> tup
     return key, partial(_BUILDERS[key], **arguments)
 
 
-def accepted(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def accepted(name: str | OwnCode, options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the options that a network takes. A function of the user's own may do without what is only offered.
 
     Args:
@@ -158,9 +156,9 @@ def accepted(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         HoldfastError: the file or its function is unknown.
     """
-    if not is_own(name):
+    if not (isinstance(name, OwnCode) or names_code(name)):
         return dict(options)
-    with own_function(name) as function:
+    with (name if isinstance(name, OwnCode) else OwnCode.named(name)).running() as function:
         parameters = inspect.signature(function).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {key: value for key, value in options.items() if open_ended or key in parameters}
@@ -194,8 +192,9 @@ def _arguments(
     return arguments
 
 
-def _build_from_file(name: str, given: Mapping[str, Any], extra: Mapping[str, Any]) -> nn.Module:
-    with own_function(name) as function:
+def _build_from_file(code: OwnCode, given: Mapping[str, Any], extra: Mapping[str, Any]) -> nn.Module:
+    name = f"{code.path}:{code.function}"
+    with code.running() as function:
         arguments = _arguments(function, name, given, extra)
         parameters = inspect.signature(function).parameters.values()
         optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

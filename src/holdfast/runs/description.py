@@ -42,6 +42,9 @@ def check_description(description: Mapping[str, Any], where: str) -> None:
     _check_input(description["input"], where)
     _check_threat(description["threat"], where)
     _check_model(description["model"], len(classes), where)
+    code = description.get("code", {"sha256": ""})
+    if not isinstance(code, Mapping) or not fits(code.get("sha256"), str):
+        raise _wrong(where, "code", code, "a mapping with the sha256 of the model's own code")
 
 
 def _check_input(found: Mapping[str, Any], where: str) -> None:

@@ -14,9 +14,9 @@ from holdfast import __version__, distributed
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device, threads and processes; no path and no name of a person or a machine."""
-    packages = {}
-    for package in ("torch", "numpy", "pillow", "pyyaml", "jsonargparse", "safetensors"):
+    """Return versions, device, threads and processes; no path and no name of a person or a machine."""
+    packages: dict[str, str | None] = {"torch": str(torch.__version__)}  # with its build, such as 2.13.0+cu130
+    for package in ("numpy", "pillow", "pyyaml", "jsonargparse", "safetensors"):
         try:
             packages[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -44,8 +44,17 @@ def device_name() -> str:
 
 
 def supports_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 arithmetic is native, so that it gains speed instead of losing it."""
+    """Return whether bfloat16 arithmetic is native, so that it gains speed instead of losing it.
+
+    On a processor two questions count: does it have the instructions, and does oneDNN, which computes convolutions and
+    linear layers, use them? Limited by ``ONEDNN_MAX_CPU_ISA=AVX2``, it emulates bfloat16 and takes many times as long.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(probe()) if probe is not None and device.type == "cpu" else False
+    if device.type != "cpu":
+        return False
+    probes = (
+        getattr(torch.cpu, "_is_avx512_bf16_supported", None),
+        getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
+    )
+    return all(probe is not None and bool(probe()) for probe in probes)

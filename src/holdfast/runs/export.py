@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from holdfast.errors import HoldfastError
-from holdfast.models import factory
-from holdfast.models.factory import build
+from holdfast.errors import Damaged, HoldfastError
+from holdfast.models.factory import build, shapes
+from holdfast.models.own_file import OwnCode, names_code
+from holdfast.models.trust import trusting
 from holdfast.parsing import through_json
 from holdfast.regular_files import is_regular
 from holdfast.runs.description import check_description
+from holdfast.runs.digests import checked_bytes
 from holdfast.runs.files import read_json, write_json, write_whole
+from holdfast.runs.own_code import write_code
 from holdfast.runs.weights_header import weight_shapes
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
+_ADVICE = (
+    "restore it from a copy, or train anew; `holdfast train --resume --out RUN` writes it anew where a checkpoint of"
+    " the run still holds it"
+)
 
 
 def model_description(spec: Mapping[str, Any] | None, model: nn.Module) -> dict[str, Any]:
@@ -32,42 +38,46 @@ def model_description(spec: Mapping[str, Any] | None, model: nn.Module) -> dict[
     return {"name": None, "class": f"{kind.__module__}.{kind.__qualname__}"}
 
 
-def save_model(folder: Path, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write weights and description. A model from ``file.py:function`` takes its file along.
+def save_model(
+    folder: Path, state: Mapping[str, Tensor], description: Mapping[str, Any], *, code: OwnCode | None = None
+) -> None:
+    """Write weights and description. A model from ``file.py:function`` takes its file and the file's neighbours along.
 
     Args:
         folder: Where to; made if missing.
         state: Parameters and buffers by name.
         description: `model` (see `model_description`), and what a user of the model should know.
+        code: The user's own file that makes the model.
 
     Raises:
         HoldfastError: the disk is full; an earlier model in the folder is untouched.
     """
-    description = through_json(description)
-    name = description["model"].get("name")
-    if name and ":" in name:
-        source = Path(name.rpartition(":")[0]).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        if source.is_file() and source.resolve() != (folder / source.name).resolve():
-            shutil.copyfile(source, folder / source.name)
+    description = dict(through_json(description))
+    if code is not None:
+        write_code(folder, code)
+        description["model"]["name"] = code.spec
+        description["code"] = {"sha256": code.sha256}
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    write_whole(folder / WEIGHTS, lambda file: file.write(save(tensors)))
+    write_whole(folder / WEIGHTS, lambda file: file.write(save(tensors)), hashed=True)
     write_json(folder / DESCRIPTION, description)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file, after its SHA-256 has been compared with the one beside it.
+
+    A missing digest is told only where the file lies in a model folder: those of others have none.
 
     Raises:
         HoldfastError: missing or damaged.
     """
+    ours = (file.parent / DESCRIPTION).is_file()
     try:
         weight_shapes(file)
-        return load_file(file)
+        return load(checked_bytes(file, advice=_ADVICE, unchecked=None if ours else lambda path: None))
     except FileNotFoundError:
         raise HoldfastError(f"{file} is missing: give a run folder, a model folder or a .safetensors file") from None
     except (SafetensorError, OSError) as error:
-        raise HoldfastError(f"{file} is damaged ({type(error).__name__}): restore it or train anew") from error
+        raise Damaged(f"{file} is damaged ({type(error).__name__})", _ADVICE) from error
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
@@ -109,44 +119,76 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
         HoldfastError: missing or damaged; without what every model folder says, or with values of other kinds.
     """
-    description = read_json(folder / DESCRIPTION)
+    description = read_json(folder / DESCRIPTION, advice=_ADVICE)
     check_description(description, str(folder / DESCRIPTION))
     return description
 
 
-def load_model(path: str | Path, *, checkpoint: str = "best", model: nn.Module | None = None) -> nn.Module:
-    """A trained model, in evaluation mode: pixels in [0, 1] to logits.
+def load_model(
+    path: str | Path,
+    *,
+    checkpoint: str = "best",
+    model: nn.Module | None = None,
+    trust_code: bool | str | None = None,
+) -> nn.Module:
+    """Return a trained model, in evaluation mode: pixels in [0, 1] to logits.
+
+    A model that was made by a user's own file brings that file along. It is executed only where it is trusted
+    (`holdfast.models.trust`): after training with it on this machine, or with `trust_code`.
 
     Args:
         path: A run folder or a model folder.
         checkpoint: ``"best"`` by validation, or ``"last"``.
         model: The architecture, for a model that was given as an `nn.Module` and so cannot be rebuilt by name.
+        trust_code: The SHA-256 of the code that may be executed, or True for whatever code the folder holds.
 
     Raises:
-        HoldfastError: the folder holds no model, it is damaged, or it does not fit.
+        HoldfastError: the folder holds no model, it is damaged, it does not fit, or its code is not trusted.
     """
     folder = model_folder(Path(path), checkpoint)
-    spec = dict(read_description(folder)["model"])
+    description = read_description(folder)
+    spec = description["model"]
     if model is None and spec.get("name") is None:
         raise HoldfastError(
             f"the model in {folder} is a {spec.get('class')} of your own: pass it as load_model(path, model=…)"
         )
     weights = read_weights(folder / WEIGHTS)
     if model is None:
-        if not factory.is_own(spec["name"]):  # an absurd size is refused before it is allocated
-            _require_same_shapes(factory.shapes(**spec), weights, folder / WEIGHTS)
-        model = rebuild(spec, folder)
+        if not names_code(spec["name"]):  # an absurd size is refused before it is allocated
+            _require_same_shapes(shapes(**spec), weights, folder / WEIGHTS)
+        with trusting(trust_code):
+            model = rebuild(description, folder)
     load_weights(model, weights, folder / WEIGHTS)
     return model.eval()
 
 
-def rebuild(spec: Mapping[str, Any], folder: Path | None = None) -> nn.Module:
-    """The architecture of a description, with weights drawn from torch's generator."""
-    options = {key: value for key, value in spec.items() if key != "name"}
-    name = str(spec["name"])
-    if ":" in name and folder is not None:
-        file, _, function = name.rpartition(":")
-        if (folder / Path(file).name).is_file():
-            name = f"{folder / Path(file).name}:{function}"
+def own_code_of(description: Mapping[str, Any], folder: Path) -> OwnCode | None:
+    """Return the code of the user's own that makes the model of a folder, or None. It is read, not executed.
+
+    Raises:
+        HoldfastError: it is missing, or is not the code that the model was trained with.
+    """
+    name = str(description["model"].get("name"))
+    if not names_code(name):
+        return None
+    code = OwnCode.in_configuration(name, folder)
+    trained_with = (description.get("code") or {}).get("sha256")
+    if trained_with not in (None, code.sha256):
+        raise Damaged(
+            f"{code.path} is not the code that the model was trained with (SHA-256 {code.sha256}, not {trained_with})",
+            "restore the file",
+        )
+    return code
+
+
+def rebuild(description: Mapping[str, Any], folder: Path) -> nn.Module:
+    """Return the architecture of a model folder, with weights drawn from torch's generator.
+
+    Raises:
+        HoldfastError: the folder's code is not trusted, or is not the code that the model was trained with.
+    """
+    options = {key: value for key, value in description["model"].items() if key != "name"}
+    name = str(description["model"]["name"])
+    code = own_code_of(description, folder)
     with torch.random.fork_rng(devices=[]):
-        return build(name, **options)
+        return build(code or name, **options)
