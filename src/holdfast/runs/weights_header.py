@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import Damaged
 from holdfast.parsing import parse_json
 from holdfast.regular_files import open_regular, require_regular
 
@@ -23,7 +23,8 @@ def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors in a file by their names, after checking that the file holds just these.
 
     Raises:
-        HoldfastError: it is no regular file, its header is damaged or absurd, or the sizes do not add up.
+        Damaged: its header is damaged or absurd, or the sizes do not add up.
+        HoldfastError: it is no regular file.
         FileNotFoundError: it is missing.
     """
     size = require_regular(file)
@@ -62,5 +63,5 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
-def _damaged(file: Path, reason: str) -> HoldfastError:
-    return HoldfastError(f"{file} is damaged: {reason}; {_ADVICE}")
+def _damaged(file: Path, reason: str) -> Damaged:
+    return Damaged(f"{file} is damaged ({reason})", _ADVICE)
