@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import Damaged, HoldfastError
 from holdfast.models import factory
 from holdfast.setting_types import check_settings, fits, hints_of, in_words, shown
 from holdfast.threat import THREATS
@@ -23,11 +23,11 @@ def check_description(description: Mapping[str, Any], where: str) -> None:
         description: As `holdfast.setup.description` makes it.
         where: The path of the file.
     Raises:
-        HoldfastError: names the key, with what it must be.
+        Damaged: names the key, with what it must be.
     """
     for key in ("model", "input", "threat"):
         if not isinstance(description.get(key), Mapping):
-            raise HoldfastError(f"{where} is damaged: it lacks {key!r}; {_ADVICE}")
+            raise Damaged(f"{where} is damaged (it lacks {key!r})", _ADVICE)
     for key, kind in _TEXTS.items():
         if key in description and not fits(description[key], kind):
             raise _wrong(where, key, description[key], in_words(kind))
@@ -74,7 +74,7 @@ def _check_model(model: Mapping[str, Any], count: int, where: str) -> None:
     try:
         check_settings("model", factory.build, {key: value for key, value in model.items() if key in known})
     except HoldfastError as error:
-        raise HoldfastError(f"{where} is damaged: {error}; {_ADVICE}") from error
+        raise Damaged(f"{where} is damaged ({error})", _ADVICE) from error
     if model.get("num_classes") != count:
         raise _wrong(where, "model.num_classes", model.get("num_classes"), f"{count}, as many as there are classes")
     for side in model.get("image_size", ()):
@@ -82,5 +82,5 @@ def _check_model(model: Mapping[str, Any], count: int, where: str) -> None:
             raise _wrong(where, "model.image_size", model["image_size"], f"sides from 1 to {_LONGEST_SIDE}")
 
 
-def _wrong(where: str, key: str, value: Any, wanted: str) -> HoldfastError:
-    return HoldfastError(f"{where} is damaged: {key} is {shown(value)}, not {wanted}; {_ADVICE}")
+def _wrong(where: str, key: str, value: Any, wanted: str) -> Damaged:
+    return Damaged(f"{where} is damaged ({key} is {shown(value)}, not {wanted})", _ADVICE)
