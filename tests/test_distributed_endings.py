@@ -151,7 +151,7 @@ def test_all_are_refused_with_the_first(place: Path, tmp_path: Path) -> None:
         process = launched(words(place, tmp_path / "run", 1))
         told = ended(process, [])
         assert (
-            f"holdfast: another process is training in {tmp_path / 'run'}: wait for it, or choose another --out" in told
+            f"holdfast: another process is writing to {tmp_path / 'run'}: wait for it, or choose another --out" in told
         )
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
 

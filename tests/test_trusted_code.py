@@ -219,6 +219,27 @@ def test_a_way_into_a_sent_folder(entry: str, sent: Sent, elsewhere: Path, tmp_p
     assert elsewhere.read_text() == "ran"
 
 
+def test_a_folder_that_is_called_like_code_is_only_a_folder(
+    sent: Sent, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies above an evaluation was not named by the person who verifies it."""
+    shutil.copytree(sent.run / "model", tmp_path / "sent")
+    shutil.copytree(sent.evaluation, tmp_path / "sent" / "net.py:make" / "evaluations" / "one")
+    (tmp_path / "evaluation").symlink_to(tmp_path / "sent" / "net.py:make" / "evaluations" / "one")
+    for more in ([], ["--data", sent.data]):
+        assert "does not lie in a run" in refused(capsys, "verify", tmp_path / "evaluation", *more)
+    assert not elsewhere.exists()
+
+
+def test_a_configuration_that_was_read_in_python_names_no_code_by_itself(sent: Sent, elsewhere: Path) -> None:
+    """A recipe that is built of it must be given the code that it names."""
+    config = {**read_config(sent.plain / "config.yaml"), "objective": {"name": "boundary_guided"}}
+    config["networks"] = {"guide": {"model": f"{sent.run / 'model'}/net.py:make", "init": None, "trained": True}}
+    with pytest.raises(HoldfastError, match="configuration names the code"):
+        build_recipe(config)
+    assert not elsewhere.exists()
+
+
 def test_the_refusal_says_file_hash_and_what_to_do(
     sent: Sent, elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,7 +289,7 @@ def test_training_fills_the_store_and_later_commands_just_work(
     assert train(sent.data, tmp_path / "run", "--model", f"{tmp_path}/mine/net.py:make", epochs=1) == 0
     told = capsys.readouterr().err
     assert f"model is made by {tmp_path}/mine/net.py, named by you (SHA-256 {sent.sha256})" in told
-    assert (tmp_path / "state" / "trusted-code" / f"{sent.sha256}-make").is_file()
+    assert (tmp_path / "state" / "trusted-code" / f"{sent.sha256}-net-make").is_file()
     shutil.rmtree(tmp_path / "mine")
     monkeypatch.setattr(trust, "_named", set())  # another process
     config = read_config(tmp_path / "run" / "config.yaml")

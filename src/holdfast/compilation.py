@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from holdfast.errors import unknown_name
+
 
 def compile_in_place(model: nn.Module, backend: str = "inductor") -> None:
     """Compile a network's calls without renaming its parameters.
@@ -19,12 +21,18 @@ def compile_in_place(model: nn.Module, backend: str = "inductor") -> None:
         model: Changed in place.
         backend: A backend of `torch.compile`.
 
+    Raises:
+        HoldfastError: the backend is unknown.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> compile_in_place(model, backend="eager")
         >>> [name for name, _ in model.named_parameters()]
         ['0.weight', '0.bias']
     """
+    known = torch._dynamo.list_backends(None)
+    if backend not in known:
+        raise unknown_name("compiler backend", backend, known)
     # A forward with feature taps must not reuse the graph of one without: torch looks at hooks only if told to.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     call = model._call_impl

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from holdfast.components import ATTACKS, AUGMENTATIONS, AVERAGES, MIXINGS, OBJECTIVES, STEPS, VIEWS
 from holdfast.errors import HoldfastError, unknown_name
 from holdfast.further_network import FurtherNetwork
+from holdfast.models.own_file import names_code
 from holdfast.recipe import SGD, Recipe
 from holdfast.schedule import Scalar, Schedule
 from holdfast.setting_types import check_settings, fits, in_words, shown
@@ -72,8 +73,13 @@ def _network(network: Any) -> dict[str, Any]:
     return {"class": f"{type(network).__module__}.{type(network).__qualname__}"}
 
 
-def _read_network(name: str, config: Mapping[str, Any]) -> FurtherNetwork:
+def _read_network(name: str, config: Mapping[str, Any], known_code: Collection[str]) -> FurtherNetwork:
     _check_network(name, config)
+    if names_code(config.get("model")) and f"networks/{name}" not in known_code:
+        raise HoldfastError(
+            f"the configuration names the code {config['model']} for network {name!r}: read it with"
+            " holdfast.runs.own_code.configured_code, give that to fit as code=, and its keys here as known_code="
+        )
     return FurtherNetwork(**config)
 
 
@@ -134,8 +140,13 @@ def check_part(what: str, config: Mapping[str, Any], table: Mapping[str, type[An
     check_settings(f"{what} {name}" if key == "name" else "threat", table[name], settings)
 
 
-def build_recipe(config: Mapping[str, Any]) -> Recipe:
+def build_recipe(config: Mapping[str, Any], *, known_code: Collection[str] = ()) -> Recipe:
     """The recipe of a configuration.
+
+    Args:
+        config: As `recipe_config` writes it.
+        known_code: Parts such as ``networks/guide`` whose code `fit` is given, or that a person has named. A recipe
+            with any other is refused: it would look as if the caller had named the file.
 
     Raises:
         HoldfastError: something is missing, unknown or out of range.
@@ -150,7 +161,9 @@ def build_recipe(config: Mapping[str, Any]) -> Recipe:
                 for section, table in SINGLE.items()
                 if section != "objective"
             },
-            networks={name: _read_network(name, part) for name, part in (config.get("networks") or {}).items()},
+            networks={
+                name: _read_network(name, part, known_code) for name, part in (config.get("networks") or {}).items()
+            },
             views=tuple(build_component("view", view, VIEWS) for view in config.get("views") or ()),
             averages=tuple(build_component("average", average, AVERAGES) for average in config.get("averages") or ()),
             optimizer=SGD(**config["optimizer"]),

@@ -235,6 +235,8 @@ def choose_device(word: str) -> torch.device:
         word = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(word)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except RuntimeError:
         raise HoldfastError(f"device {word!r} is unknown: use auto, cpu or cuda") from None
     if device.type == "cuda":

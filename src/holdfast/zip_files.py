@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import IO
@@ -37,20 +38,40 @@ def require_plain_torch_file(path: Path) -> None:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         if not is_zip:
+            _require_plain_pickles(path, file.read(_MOST_PICKLED), count=5)  # before torch 1.6: five, then the tensors
             return
         try:
-            members = open_zip(file).infolist()
+            archive = open_zip(file)
+            members = archive.infolist()
         except (zipfile.BadZipFile, OSError, ValueError, LookupError, EOFError) as error:
             raise HoldfastError(f"{path} is damaged ({str(error)[:200]}): restore it") from error
-    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-    if packed or sum(member.file_size for member in members) > size:
-        raise HoldfastError(f"{path} is packed as torch.save does not pack: save it again with torch.save")
-    for member in members:
-        if member.filename.endswith("data.pkl") and member.file_size > _MOST_PICKLED:
-            raise HoldfastError(
-                f"{path} describes its tensors in {readable_size(member.file_size)}, at most"
-                f" {readable_size(_MOST_PICKLED)} are read: save the state of the network alone"
-            )
+        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if packed or sum(member.file_size for member in members) > size:
+            raise HoldfastError(f"{path} is packed as torch.save does not pack: save it again with torch.save")
+        for member in members:
+            if member.filename.endswith("data.pkl"):
+                if member.file_size > _MOST_PICKLED:
+                    raise HoldfastError(
+                        f"{path} describes its tensors in {readable_size(member.file_size)}, at most"
+                        f" {readable_size(_MOST_PICKLED)} are read: save the state of the network alone"
+                    )
+                _require_plain_pickles(path, archive.read(member), count=1)
+
+
+def _require_plain_pickles(path: Path, content: bytes, *, count: int) -> None:
+    """Refuse pickles that ask for bytes by their number, which torch's reader for weights alone would allocate."""
+    stream = io.BytesIO(content)
+    try:
+        for _ in range(count):
+            for operation, argument, _ in pickletools.genops(stream):
+                if operation.name in ("GLOBAL", "INST") and str(argument).split(" ")[-1] in ("bytearray", "bytes"):
+                    raise HoldfastError(
+                        f"{path} holds {argument}, which weights do not need: save the state of the network alone"
+                    )
+    except HoldfastError:
+        raise
+    except Exception as error:  # a damaged pickle raises anything from ValueError to IndexError
+        raise HoldfastError(f"{path} is damaged ({str(error)[:200]}): restore it") from error
 
 
 class _Cautious(io.BufferedIOBase):

@@ -359,7 +359,7 @@ def test_two_cannot_write_one_ledger(model: nn.Module, tmp_path: Path) -> None:
     from holdfast.runs.lock import EVALUATING, locked
 
     short(model, out=tmp_path / "e")
-    refused = pytest.raises(HoldfastError, match=r"another process is evaluating into .*/e: wait for it, or choose")
+    refused = pytest.raises(HoldfastError, match=r"another process is writing to .*/e: wait for it, or choose")
     with locked(tmp_path / "e", work=EVALUATING, kept_for=PROTOCOL), refused:
         short(model, out=tmp_path / "e")
     short(model, out=tmp_path / "e")

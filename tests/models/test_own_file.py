@@ -186,7 +186,7 @@ def test_named_code_runs_and_configured_code_does_not(tmp_path: Path, store: Pat
     mark = tmp_path / "mark"
     written(tmp_path, net=MARK.format(mark=str(mark)) + "def make(): return 1\n")
     code = OwnCode.in_configuration("net.py:make", tmp_path)
-    with pytest.raises(HoldfastError, match=rf"net\.py is code that came with .*--trust-code={code.sha256}"):
+    with pytest.raises(HoldfastError, match=rf"net\.py:make is code that came with .*--trust-code={code.sha256}"):
         result(code)
     assert not mark.exists()
     assert result(OwnCode.named(f"{tmp_path}/net.py:make")) == 1
@@ -205,7 +205,7 @@ def test_code_that_is_trusted_runs(
         monkeypatch.setenv(trust.HASH_VARIABLE, code.sha256.upper())
     if how == "store":
         assert trust.remember(code) is None
-        assert [file.name for file in (store / "trusted-code").iterdir()] == [f"{code.sha256}-make"]
+        assert [file.name for file in (store / "trusted-code").iterdir()] == [f"{code.sha256}-net-make"]
     with trust.trusting(given):
         assert result(code) == 1
     told = capsys.readouterr().err
@@ -337,7 +337,7 @@ def test_a_function_from_elsewhere_is_refused_before_anything_runs(text: str, fu
         (b"def make(:\n", r"line 1 is not Python"),
         (b"\0\0\0", "is not Python|cannot be parsed"),
         (b"x = " + b"(" * 5000 + b")" * 5000 + b"\n", "is not Python|cannot be parsed"),
-        (b"x = '" + b"a" * (17 << 20) + b"'\n", "larger than 16 MB"),
+        (b"x = '" + b"a" * (1 << 20) + b"'\n", "larger than 512 kB"),
     ],
 )
 def test_files_that_cannot_be_read_as_python(content: bytes, message: str, tmp_path: Path) -> None:
@@ -352,6 +352,46 @@ def test_a_package_that_is_a_link_elsewhere_is_not_walked(tmp_path: Path) -> Non
     (folder / "whole").symlink_to("/")
     with pytest.raises(HoldfastError, match="whole is a link to a place outside"):
         OwnCode.in_configuration("net.py:make", folder)
+
+
+@pytest.mark.parametrize("kind", ["a compiled file", "a source that another name hides"])
+def test_what_a_changed_path_leads_to_is_not_run(kind: str, tmp_path: Path) -> None:
+    """Code that puts its own folder on sys.path would run whatever else is sent with it."""
+    text = "import sys, pathlib\nsys.path.insert(0, str(pathlib.Path(__file__).parent))\n"
+    text += "name = 'fast' + '_ops'\ntry:\n    ops = __import__(name)\nexcept ImportError:\n    ops = None\n"
+    written(tmp_path, net=text + "def make(): return ops\n", fast_ops="raise RuntimeError('it ran')\n")
+    if kind == "a compiled file":
+        import py_compile
+
+        py_compile.compile(str(tmp_path / "fast_ops.py"), cfile=str(tmp_path / "fast_ops.pyc"), doraise=True)
+        (tmp_path / "fast_ops.py").unlink()
+    before = list(sys.path)
+    assert result(OwnCode.named(f"{tmp_path}/net.py:make")) is None
+    assert sys.path == before
+
+
+def test_relative_imports_and_programs_are_told(tmp_path: Path) -> None:
+    written(tmp_path, relative="from .blocks import x\ndef make(): pass\n", blocks="x = 1\n")
+    written(tmp_path, program="import sys\ndef make(): pass\nsys.exit(0)\n")
+    with pytest.raises(HoldfastError, match=r"line 1, imports relatively, .* write from blocks import"):
+        OwnCode.named(f"{tmp_path}/relative.py:make")
+    with pytest.raises(HoldfastError, match="ends the program when it is imported"):
+        result(OwnCode.named(f"{tmp_path}/program.py:make"))
+
+
+def test_a_function_that_was_replaced_after_its_definition(tmp_path: Path) -> None:
+    written(tmp_path, net="def getoutput(cmd): pass\nfrom subprocess import getoutput\n")
+    with pytest.raises(HoldfastError, match="defines no function 'getoutput' of its own"):
+        result(OwnCode.named(f"{tmp_path}/net.py:getoutput"))
+
+
+def test_files_that_import_each_other_are_trusted_one_by_one(tmp_path: Path, store: Path) -> None:
+    """They have one hash."""
+    written(tmp_path, net="import other\ndef make(): return 1\n", other="import net\ndef make(): return 2\n")
+    assert trust.remember(OwnCode.named(f"{tmp_path}/net.py:make")) is None
+    assert result(OwnCode.in_configuration("net.py:make", tmp_path)) == 1
+    with pytest.raises(HoldfastError, match="nobody asked"):
+        result(OwnCode.in_configuration("other.py:make", tmp_path))
 
 
 def test_a_folder_of_many_files_is_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

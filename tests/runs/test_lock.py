@@ -26,7 +26,7 @@ from holdfast.runs.folder import CONFIG, RunFolder
 from holdfast.runs.lock import EVALUATING, LOCK, TRAINING, FolderLock, locked
 from tiny_runs import FP32, assert_same_run, command, refused, tiny_net, tiny_recipe, toy, train, write_toy
 
-REFUSED = "another process is training in .*run: wait for it, or choose another --out"
+REFUSED = "another process is writing to .*run: wait for it, or choose another --out"
 GONE = r"was deleted, moved or emptied under its writer \(.* is gone\), and nothing more is written: put it back"
 
 
@@ -178,7 +178,7 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path: Path, capsys: pytest.Capture
         words = ["train", "pgd_at", "--data", data, "--threat.epsilon", 0.1, "--out", out]
         for refusal in (refused(capsys, *words), refused(capsys, *words, "--resume"), refused(capsys, *words[:1],
                         "--resume", "--out", out)):  # fmt: skip
-            assert refusal == f"holdfast: another process is training in {out}: wait for it, or choose another --out"
+            assert refusal == f"holdfast: another process is writing to {out}: wait for it, or choose another --out"
         for resume in (False, True):
             with pytest.raises(HoldfastError, match=REFUSED):
                 fit(tiny_recipe(), toy(), tiny_net(), out=out, settings=FP32, resume=resume)
@@ -199,7 +199,7 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_second_demo_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with locked(tmp_path / "demo" / "standard", work=TRAINING, kept_for=CONFIG):
-        assert "another process is training in" in refused(capsys, "demo", "--out", tmp_path / "demo")
+        assert "another process is writing to" in refused(capsys, "demo", "--out", tmp_path / "demo")
 
 
 def test_the_lock_is_held_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -47,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         """Parse what is known; an option with an underscore means the one with a hyphen. Returns the rest too."""
         options = self._option_string_actions
         spelt = []
-        for word in joined(argv):
+        for word in with_hash(joined(argv)):
             name, equals, value = word.partition("=")
             if name in ("--trust-code", "--trust_code"):
                 name, equals, value = "--trust-code", "=", value or ANY  # the next word is not its value
@@ -75,6 +76,22 @@ def joined(argv: Sequence[str]) -> list[str]:
             word = f"{word}={rest.pop(0)}"
         words.append(word)
     return words
+
+
+def with_hash(words: Sequence[str]) -> list[str]:
+    """Return the words with ``--trust-code SHA256`` as one; any other word after the option is not its value.
+
+    Example:
+        >>> [len(word) for word in with_hash(["--trust-code", "0" * 64, "--trust-code", "runs/one"])]
+        [77, 12, 8]
+    """
+    joint: list[str] = []
+    for word in words:
+        if joint and joint[-1] == "--trust-code" and re.fullmatch("[0-9a-fA-F]{64}", word):
+            joint[-1] += f"={word}"
+        else:
+            joint.append(word)
+    return joint
 
 
 def unknown_option(word: str, known: Sequence[str]) -> HoldfastError:

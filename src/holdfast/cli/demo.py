@@ -99,7 +99,7 @@ def show(summaries: dict[str, Any], folder: Path) -> None:
         "adversarially trained ones mostly hold.\n\n"
         f"The runs lie in {folder}: config.yaml, metrics.jsonl, summary.json and model/ in each.\n"
         "Try next:\n"
-        f"  holdfast evaluate {folder / 'piat_nmse'} --steps 100 --restarts 5\n"
+        f"  holdfast evaluate {shlex.quote(str(folder / 'piat_nmse'))} --steps 100 --restarts 5\n"
         "  holdfast train pgd_at_wa --data path/to/your/images --model resnet18 --threat.epsilon 8/255\n"
         "  holdfast list recipes",
         markup=False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -10,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from holdfast.cli.arguments import Parser, print_json
+from holdfast.streams import tell as to_stderr
 
 EXTRAS = {"datasets": "data", "pyarrow": "data", "huggingface_hub": "hub"}
 
@@ -70,7 +70,7 @@ def step_times() -> dict[str, dict[str, float]]:
     y = torch.arange(128, device=device) % 10
     found = {}
     for precision in ("bf16", "fp32") if supports_bf16(device) else ("fp32",):
-        print(f"timing {precision} …", file=sys.stderr)
+        to_stderr(f"timing {precision} …")
         model = build("small_cnn", num_classes=10, channels=1, image_size=(28, 28)).to(device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         step = AdversarialStep(pgd_at(epsilon=0.1), model, precision=precision)

@@ -14,6 +14,7 @@ from holdfast.cli.arguments import MAX_DATA_HELP, Parser, positive, print_json
 from holdfast.data.limits import at_most
 from holdfast.errors import HoldfastError
 from holdfast.interruption import Stopped
+from holdfast.streams import tell as to_stderr
 
 if TYPE_CHECKING:
     from holdfast.cli.subject import Subject
@@ -100,7 +101,7 @@ def _evaluate(asked: Namespace) -> int:
         tell(asked, found)
     flagged = [flag.name for result in found for flag in result.flags]
     if asked.strict and flagged:
-        print(f"holdfast: --strict, and flags were raised: {', '.join(sorted(set(flagged)))}", file=sys.stderr)
+        to_stderr(f"holdfast: --strict, and flags were raised: {', '.join(sorted(set(flagged)))}")
         return 1
     return 0
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from holdfast.cli.arguments import Parser, print_json
+from holdfast.streams import tell as to_stderr
 
 
 def parser() -> Parser:
@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
     belongs = f"its place in RobustBench is {where}" if where else f"RobustBench has no {entry['dataset']} {norm} board"
     if asked.out is None:
         print_json(entry)
-        print(belongs, file=sys.stderr)
+        to_stderr(belongs)
     else:
         write_json(Path(asked.out), entry, sealed=False)
         print(f"written to {asked.out}; {belongs}")

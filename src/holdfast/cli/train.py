@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+import shlex
 from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from holdfast.cli.arguments import MAX_DATA_HELP, Parser, positive, print_json
 from holdfast.cli.table import RECIPES
 from holdfast.data.limits import at_most
 from holdfast.errors import HoldfastError
+from holdfast.streams import tell as to_stderr
 
 _EXAMPLES = """examples:
   holdfast train piat_nmse --data digits
@@ -90,6 +91,7 @@ def _train(asked: Namespace, rest: Sequence[str]) -> int:
     from holdfast.errors import unknown_name
     from holdfast.progress_display import Display, LiveDisplay
     from holdfast.runs.memory import keep_freed_memory
+    from holdfast.runs.own_code import named_code
     from holdfast.setup import Settings
     from holdfast.train import fit
 
@@ -102,7 +104,7 @@ def _train(asked: Namespace, rest: Sequence[str]) -> int:
     if model.get("name") is None:
         raise HoldfastError("this run's model was given from Python: repeat it from Python, with fit()")
     finished = fit(
-        build_recipe(config),
+        build_recipe(config, known_code=[part for part, _, _ in named_code(config)]),  # `configure` has read it
         data if data is not None else config["data"],
         model.pop("name"),
         out=asked.out,
@@ -131,7 +133,7 @@ def report(finished: Any, *, as_json: bool) -> None:
     print(f"best (epoch {summary['best']['epoch']}): {in_words(summary['best'])}")
     if summary["last"]["epoch"] != summary["best"]["epoch"]:
         print(f"last (epoch {summary['last']['epoch']}): {in_words(summary['last'])}")
-    print(f"everything lies in {finished.path}; next: holdfast evaluate {finished.path}")
+    print(f"everything lies in {finished.path}; next: holdfast evaluate {shlex.quote(str(finished.path))}")
 
 
 def configure(asked: Namespace, rest: Sequence[str], folder: Path | None) -> tuple[dict[str, Any], Any, dict[str, Any]]:
@@ -168,9 +170,9 @@ def named_parts(asked: Namespace, rest: Sequence[str]) -> set[str]:
     """Return the parts of a configuration whose code the command line itself names."""
     options = [word.partition("=")[0] for word in rest]
     parts = {"model"} if asked.model or "--model.name" in options else set()
-    for option in options:
-        if option.startswith("--networks.") and option.endswith(".model"):
-            parts.add("networks/" + option.removeprefix("--networks.").removesuffix(".model"))
+    for option, word in zip(options, rest, strict=True):
+        if option.startswith("--networks.") and (option.endswith(".model") or "model" in word.partition("=")[2]):
+            parts.add("networks/" + option.removeprefix("--networks.").partition(".")[0])
     return parts
 
 
@@ -199,10 +201,7 @@ def from_recipe(asked: Namespace) -> tuple[dict[str, Any], Any]:
                 f"no epsilon is customary for {data.name} under {norm}: give one, --threat.epsilon 8/255"
             )
         epsilon = data.suggested_epsilon
-        print(
-            f"epsilon {readable(epsilon)}, as is customary for {data.name} (--threat.epsilon changes it)",
-            file=sys.stderr,
-        )
+        to_stderr(f"epsilon {readable(epsilon)}, as is customary for {data.name} (--threat.epsilon changes it)")
     model = asked.model or "small_cnn"
     built = recipe(epsilon=build_threat(norm, epsilon), model=model, paper_settings=asked.paper_settings)
     settings = Settings(image_size=asked.image_size)
@@ -278,7 +277,7 @@ def scale_with_epsilon(config: dict[str, Any], epsilon: str) -> None:
             part[key] = scaled(part[key])
             followed.append(key)
     if followed:
-        print(f"with epsilon, {', '.join(followed)} changed in proportion", file=sys.stderr)
+        to_stderr(f"with epsilon, {', '.join(followed)} changed in proportion")
 
 
 def explain(options: Parser, argv: Sequence[str]) -> int:

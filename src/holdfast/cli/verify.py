@@ -52,7 +52,7 @@ def recounted(asked: Namespace) -> int:
     if not (folder / PROTOCOL).is_file():
         raise HoldfastError(f"{folder} holds no evaluation: give the folder that `holdfast evaluate` wrote")
     source = asked.model or str(folder.resolve().parent.parent)
-    if names_a_file(source):
+    if asked.model and names_a_file(source):  # a folder that is called like a file and its function is only a folder
         subject = load_subject(source, weights=asked.weights, data=asked.data, image_size=None)
         model = subject.model
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,9 @@ def evaluations_of(path: Path) -> list[Path]:
         raise HoldfastError(f"{path} is no folder: give an evaluation's folder or a run's")
     found = sorted(file.parent for file in (path / "evaluations").glob(f"*/{PROTOCOL}"))
     if not found:
-        raise HoldfastError(f"{path} holds no evaluation: run `holdfast evaluate {path} --attack autoattack` first")
+        raise HoldfastError(
+            f"{path} holds no evaluation: run `holdfast evaluate {shlex.quote(str(path))} --attack autoattack` first"
+        )
     return found
 
 

@@ -202,7 +202,11 @@ def _build_from_file(code: OwnCode, given: Mapping[str, Any], extra: Mapping[str
         missing = [parameter for parameter in needed if parameter not in arguments]
         if missing:
             raise HoldfastError(f"{name} needs {', '.join(missing)}: pass them as options or give them defaults")
-        model = function(**arguments)
+        try:
+            model = function(**arguments)
+        except TypeError as error:
+            told = ", ".join(f"{key}={value!r}" for key, value in extra.items()) or "no options"
+            raise HoldfastError(f"{name} cannot be called with {told} ({error}): give options that it takes") from error
     if not isinstance(model, nn.Module):
         raise HoldfastError(f"{name} returned {type(model).__name__}: it must return a torch.nn.Module")
     return model

@@ -11,7 +11,9 @@ import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import os
+import re
 import site
 import sys
 import sysconfig
@@ -27,7 +29,7 @@ from typing import Any
 from holdfast.errors import HoldfastError
 from holdfast.models import trust
 
-LARGEST = 16 << 20  # bytes of one own file and its neighbours together
+LARGEST = 512 << 10  # bytes of an own file and its neighbours together; a byte can take 900 of memory when it is parsed
 MOST = 500  # files
 
 
@@ -113,21 +115,12 @@ class OwnCode:
 
     @classmethod
     def _read(cls, path: Path, function: str, folder: Path | None) -> OwnCode:
-        code = cls(path, function, _sources(path, folder), folder)
-        defined = [
-            node.name
-            for node in code._tree.body
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
-        ]
+        sources, defined = _sources(path, folder)
         if function not in defined:
             nearest = difflib.get_close_matches(function, defined, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(nearest)}?" if nearest else "define it at the top level of the file"
+            hint = f"did you mean {' or '.join(nearest)}?" if nearest else "define it at the top level, by def"
             raise HoldfastError(f"{path} has no function {function!r}: {hint}")
-        return code
-
-    @cached_property
-    def _tree(self) -> ast.Module:
-        return _parse(self.sources[self.path.name], str(self.path))
+        return cls(path, function, sources, folder)
 
     @cached_property
     def sha256(self) -> str:
@@ -154,14 +147,14 @@ class OwnCode:
             HoldfastError: the code is not trusted. An error that the file raises comes through as it is.
         """
         trust.require(self)
-        prefix = (
-            f"holdfast_own_{self.path.stem}_{hashlib.sha256(f'{self.path} {self.sha256}'.encode()).hexdigest()[:12]}"
-        )
+        stem = re.sub(r"\W", "_", self.path.stem)
+        prefix = f"holdfast_own_{stem}_{hashlib.sha256(f'{self.path} {self.sha256}'.encode()).hexdigest()[:12]}"
         with _importable(self, prefix):
             module = _executed(self, prefix)
             function = getattr(module, self.function, None)
-            if not callable(function):
-                raise HoldfastError(f"{self.path} has no function {self.function!r}: define it at the top level")
+            home = getattr(inspect.unwrap(function), "__module__", None) if callable(function) else None
+            if home is None or not f"{home}.".startswith(f"{prefix}."):  # it was replaced after its definition
+                raise HoldfastError(f"{self.path} defines no function {self.function!r} of its own: write it there")
             yield function
 
 
@@ -184,10 +177,11 @@ def _resolved(path: Path) -> Path:
 # ------------------------------------------------------------------------------------------- what is hashed
 
 
-def _sources(path: Path, folder: Path | None) -> dict[str, bytes]:
-    """The file and, file by file, everything beside it that the code already read imports."""
+def _sources(path: Path, folder: Path | None) -> tuple[dict[str, bytes], list[str]]:
+    """Return the file and everything beside it that the code already read imports, and what the file defines."""
     home = path.parent
     found: dict[str, bytes] = {}
+    defined: list[str] = []
     waiting = [path]
     seen: set[str] = set()
     while waiting:
@@ -202,33 +196,45 @@ def _sources(path: Path, folder: Path | None) -> dict[str, bytes]:
         found[name] = _content(file)
         if len(found) > MOST or sum(map(len, found.values())) > LARGEST:
             raise HoldfastError(
-                f"{path} imports more than {MOST} files or {LARGEST >> 20} MB from its folder: put the network into a"
+                f"{path} imports more than {MOST} files or {LARGEST >> 10} kB from its folder: put the network into a"
                 " folder of its own, or install its package"
             )
-        for top in sorted(_imports(found[name], str(file)) - seen):
+        imported, functions = _read_through(found[name], str(file), alone="/" not in name)
+        defined = functions if file == path else defined
+        for top in sorted(imported - seen):
             seen.add(top)
             waiting += _neighbours(home, top, folder)
-    return found
+    return found, defined
 
 
 def _content(file: Path) -> bytes:
     try:
         if file.stat().st_size > LARGEST:
-            raise HoldfastError(f"{file} is larger than {LARGEST >> 20} MB: give a Python file")
+            raise HoldfastError(f"{file} is larger than {LARGEST >> 10} kB: give a Python file")
         return file.read_bytes()
     except OSError as error:
         raise HoldfastError(f"{file} cannot be read ({error.strerror}): give a Python file that can") from None
 
 
-def _imports(source: bytes, name: str) -> set[str]:
-    """First parts of all modules that a file imports by their full name."""
+def _read_through(source: bytes, name: str, *, alone: bool) -> tuple[set[str], list[str]]:
+    """Return the first parts of all modules that a file imports by their full name, and what it defines at its top.
+
+    A file that stands `alone`, in no package, cannot import relatively.
+    """
+    tree = _parse(source, name)
     found: set[str] = set()
-    for node in ast.walk(_parse(source, name)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level and alone:
+            raise HoldfastError(
+                f"{name}, line {node.lineno}, imports relatively, which a file by itself cannot: write"
+                f" from {node.module or 'module'} import …"
+            )
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
             found.add(node.module.partition(".")[0])
-    return found - sys.stdlib_module_names
+    kinds = ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef
+    return found - sys.stdlib_module_names, [node.name for node in tree.body if isinstance(node, kinds)]
 
 
 def _parse(source: bytes, name: str) -> ast.Module:
@@ -246,14 +252,15 @@ def _parse(source: bytes, name: str) -> ast.Module:
 
 def _neighbours(home: Path, top: str, folder: Path | None) -> list[Path]:
     """The files of a module or package of that name in the folder; none where it holds no such thing."""
-    package = home / top
-    if package.is_dir():
+    package, module = home / top, home / f"{top}.py"
+    if _installed(top):
+        return []  # the library is imported, whatever lies here
+    if package.is_dir() and ((package / "__init__.py").exists() or not module.is_file()):
         if folder is not None and not _resolved(package).is_relative_to(folder):
             raise HoldfastError(f"{package} is a link to a place outside {folder} and is not run: put the files there")
         files = _python_files(package, MOST)
         if files:
             return files
-    module = home / f"{top}.py"
     return [module] if module.is_file() else []
 
 
@@ -301,8 +308,30 @@ class _Neighbours(importlib.abc.MetaPathFinder):
         self.code, self.prefix = code, prefix
         tops = {name.partition("/")[0].removesuffix(".py") for name in code.sources}
         self.tops = {top for top in tops if top not in sys.stdlib_module_names and not _installed(top)}
+        current = {"", str(Path.cwd())}  # `python -m` looks there, a person who sends a folder cannot be relied on
+        self.usual_paths = [path for path in sys.path if path not in current]
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> Any:
+        spec = self._hashed(fullname)
+        if spec is None and "." not in fullname:
+            self._refuse_unhashed(fullname)
+        return spec
+
+    def _refuse_unhashed(self, top: str) -> None:
+        """Refuse what else lies in the code's folder: compiled files, and what a changed `sys.path` leads to."""
+        found = importlib.machinery.PathFinder.find_spec(top)
+        usual = importlib.machinery.PathFinder.find_spec(top, self.usual_paths)
+        if found is None or (usual is not None and found.origin == usual.origin):
+            return
+        for place in (found.origin, *(found.submodule_search_locations or ())):
+            if place and Path(place).resolve().is_relative_to(self.code.path.parent):
+                raise ImportError(
+                    f"{place} lies beside {self.code.path} but is not among the files that were read with it: import"
+                    " the modules beside the file by their names, with import statements, from Python source"
+                )
+
+    def _hashed(self, fullname: str) -> Any:
+        """The spec of a module among the code's sources, else None."""
         plain = fullname.removeprefix(f"{self.prefix}.")
         if plain.partition(".")[0] not in self.tops:
             return None
@@ -340,11 +369,12 @@ def _importable(code: OwnCode, prefix: str) -> Iterator[None]:
     for name in [name for name in sys.modules if name == prefix or name.startswith(f"{prefix}.")]:
         del sys.modules[name]  # of an earlier time: the code is executed anew
     before = {name: sys.modules.pop(name) for name in theirs()}
+    paths, finders, hooks = list(sys.path), list(sys.meta_path), list(sys.path_hooks)
     sys.meta_path.insert(0, finder)
     try:
         yield
-    finally:
-        sys.meta_path.remove(finder)
+    finally:  # what the code has changed of them is put back: else others would import what lies beside it
+        sys.path[:], sys.meta_path[:], sys.path_hooks[:] = paths, finders, hooks
         for name in theirs():
             del sys.modules[name]
         sys.modules.update(before)
@@ -356,5 +386,10 @@ def _executed(code: OwnCode, name: str) -> ModuleType:
     spec = importlib.util.spec_from_loader(name, loader, origin=str(code.path))
     assert spec is not None  # only None where the loader cannot tell whether it is a package
     module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
+    try:
+        loader.exec_module(module)
+    except SystemExit:
+        raise HoldfastError(
+            f"{code.path} ends the program when it is imported: put that below if __name__ == '__main__'"
+        ) from None
     return module

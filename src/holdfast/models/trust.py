@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdfast.errors import HoldfastError
+from holdfast.streams import tell as to_stderr
 
 if TYPE_CHECKING:
     from holdfast.models.own_file import OwnCode
@@ -76,8 +76,8 @@ def require(code: OwnCode) -> str:
         return "store"
     refused = " (another hash than the one that is trusted)" if given or environment else ""
     raise HoldfastError(
-        f"{code.path} is code that came with {code.folder}, and nobody asked for it to be run{refused}: read it, then"
-        f" add --trust-code={code.sha256} (in Python: trust_code=), or name your own copy of the file"
+        f"{code.path}:{code.function} is code that came with {code.folder}, and nobody asked for it to be run{refused}:"
+        f" read it, then add --trust-code={code.sha256} (in Python: trust_code=), or name your own copy of the file"
     )
 
 
@@ -125,7 +125,7 @@ def store() -> Path:
 
 
 def _key(code: OwnCode) -> str:
-    return f"{code.sha256}-{code.function}"
+    return f"{code.sha256}-{code.path.stem}-{code.function}"  # files that import each other have one hash
 
 
 def _in_store(key: str) -> bool:
@@ -150,5 +150,5 @@ def _tell(code: OwnCode, why: str) -> str:
     """Print what is executed, once; under torchrun one process speaks."""
     if (str(code.path), code.sha256) not in _told and os.environ.get("RANK", "0") == "0":
         _told.add((str(code.path), code.sha256))
-        print(f"running {code.path}:{code.function}, SHA-256 {code.sha256}, {in_words(why)}", file=sys.stderr)
+        to_stderr(f"running {code.path}:{code.function}, SHA-256 {code.sha256}, {in_words(why)}")
     return why

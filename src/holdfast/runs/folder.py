@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def read_config(path: Path, *, check: bool = False) -> dict[str, Any]:
     if check and not digests.unchanged(content):
         raise Damaged(f"{path} was changed or damaged after it was written", _mended(path.parent))
     config = parse_yaml(content, str(path), advice="mend it, or copy the config.yaml of a run")
+    if check and config is None:
+        raise Damaged(f"{path} is empty", _mended(path.parent))
     if not isinstance(config, dict):
         raise HoldfastError(f"{path} is no configuration: it must be a mapping, as in the config.yaml of a run")
     return config
@@ -49,7 +52,9 @@ def _mended(run: Path) -> str:
     """Say how to go on without a run's configuration."""
     if latest_checkpoint(run) is None:
         return "restore it from a copy, or train anew in another --out"
-    return f"restore it from a copy, or delete it: `holdfast train --resume --out {run}` writes it anew"
+    return (
+        f"restore it from a copy, or delete it: `holdfast train --resume --out {shlex.quote(str(run))}` writes it anew"
+    )
 
 
 def run_config(run: Path) -> dict[str, Any] | None:
@@ -224,7 +229,7 @@ class RunFolder:
             HoldfastError: the file is damaged.
         """
         path = self.path / METRICS
-        advice = f"`holdfast train --resume --out {self.path}` writes it anew from the checkpoint"
+        advice = f"`holdfast train --resume --out {shlex.quote(str(self.path))}` writes it anew from the checkpoint"
         lines = parse_json_lines(self.metrics_content(), str(path), advice=advice)
         if not all(isinstance(line, dict) for line in lines):
             raise Damaged(f"{path} is damaged", advice)
@@ -242,7 +247,10 @@ class RunFolder:
         Raises:
             Damaged: it is not as it was written.
         """
-        path, advice = self.path / SUMMARY, f"`holdfast train --resume --out {self.path}` evaluates again"
+        path, advice = (
+            self.path / SUMMARY,
+            f"`holdfast train --resume --out {shlex.quote(str(self.path))}` evaluates again",
+        )
         if not path.exists():
             return None
         summary = read_json(path, advice=advice)

@@ -65,7 +65,7 @@ class FolderLock:
                 lock.acquire(blocking=False)
             except filelock.Timeout:
                 raise HoldfastError(
-                    f"another process is {self.work} {self.path}: wait for it, or choose another --out"
+                    f"another process is writing to {self.path}: wait for it, or choose another --out"
                 ) from None
             except OSError as error:
                 if error.errno in _UNSUPPORTED:
