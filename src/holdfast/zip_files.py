@@ -12,7 +12,7 @@ from holdfast.errors import HoldfastError
 from holdfast.regular_files import open_regular, readable_size
 
 _MEMBER_LIST = 4 << 20  # bytes of the list of members: 50,000 of them
-_MOST_PICKLED = 8 << 20  # bytes of a torch file that say how its tensors lie; a large network's have 0.3 MB
+_MOST_PICKLED = 4 << 20  # bytes of a torch file that say how its tensors lie; a large network's have 0.3 MB
 
 
 def open_zip(file: IO[bytes]) -> zipfile.ZipFile:

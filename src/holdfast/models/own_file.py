@@ -151,7 +151,7 @@ class OwnCode:
         prefix = f"holdfast_own_{stem}_{hashlib.sha256(f'{self.path} {self.sha256}'.encode()).hexdigest()[:12]}"
         with _importable(self, prefix):
             module = _executed(self, prefix)
-            function = getattr(module, self.function, None)
+            function: Any = getattr(module, self.function, None)
             home = getattr(inspect.unwrap(function), "__module__", None) if callable(function) else None
             if home is None or not f"{home}.".startswith(f"{prefix}."):  # it was replaced after its definition
                 raise HoldfastError(f"{self.path} defines no function {self.function!r} of its own: write it there")
@@ -233,8 +233,8 @@ def _read_through(source: bytes, name: str, *, alone: bool) -> tuple[set[str], l
             )
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
             found.add(node.module.partition(".")[0])
-    kinds = ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef
-    return found - sys.stdlib_module_names, [node.name for node in tree.body if isinstance(node, kinds)]
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return found - sys.stdlib_module_names, defined
 
 
 def _parse(source: bytes, name: str) -> ast.Module:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from holdfast.errors import Damaged, HoldfastError
 from holdfast.runs.digests import beside, matches, of_file, tell_unchecked
@@ -48,7 +49,7 @@ def save_checkpoint(
     def write(file: Any) -> None:
         with full_disk_told(path):
             try:
-                torch.save(state, file)
+                torch.save({**state, "metrics": _as_tensor(state["metrics"])} if "metrics" in state else state, file)
             except RuntimeError as error:  # torch's zip writer wraps the file's own error
                 cause = error.__context__
                 raise cause if isinstance(cause, OSError) else error from error
@@ -101,7 +102,18 @@ def load_checkpoint(path: Path, *, check: bool = True) -> dict[str, Any]:
         raise Damaged(f"checkpoint {path} is damaged ({type(error).__name__})") from error
     if not isinstance(state, dict):
         raise Damaged(f"checkpoint {path} is damaged (it is no checkpoint of holdfast)")
+    lines = state.get("metrics")
+    if isinstance(lines, Tensor) and lines.dtype == torch.uint8:
+        try:
+            state["metrics"] = bytes(lines.tolist()).decode().splitlines(keepends=True)
+        except ValueError:
+            raise Damaged(f"checkpoint {path} is damaged (its metrics are no text)") from None
     return state
+
+
+def _as_tensor(lines: Sequence[str]) -> Tensor:
+    """Text as bytes in a tensor: the part of a checkpoint that is not tensors has a limit, and runs may be long."""
+    return torch.tensor(list("".join(lines).encode()), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,16 @@ def read_config(path: Path, *, check: bool = False) -> dict[str, Any]:
     return config
 
 
+def resuming(run: Path) -> str:
+    """Return the command that goes on with a run."""
+    return f"holdfast train --resume --out {shlex.quote(str(run))}"
+
+
 def _mended(run: Path) -> str:
     """Say how to go on without a run's configuration."""
     if latest_checkpoint(run) is None:
         return "restore it from a copy, or train anew in another --out"
-    return (
-        f"restore it from a copy, or delete it: `holdfast train --resume --out {shlex.quote(str(run))}` writes it anew"
-    )
+    return f"restore it from a copy, or delete it: `{resuming(run)}` writes it anew"
 
 
 def run_config(run: Path) -> dict[str, Any] | None:
@@ -229,7 +232,7 @@ class RunFolder:
             HoldfastError: the file is damaged.
         """
         path = self.path / METRICS
-        advice = f"`holdfast train --resume --out {shlex.quote(str(self.path))}` writes it anew from the checkpoint"
+        advice = f"`{resuming(self.path)}` writes it anew from the checkpoint"
         lines = parse_json_lines(self.metrics_content(), str(path), advice=advice)
         if not all(isinstance(line, dict) for line in lines):
             raise Damaged(f"{path} is damaged", advice)
@@ -249,7 +252,7 @@ class RunFolder:
         """
         path, advice = (
             self.path / SUMMARY,
-            f"`holdfast train --resume --out {shlex.quote(str(self.path))}` evaluates again",
+            f"`{resuming(self.path)}` evaluates again",
         )
         if not path.exists():
             return None
