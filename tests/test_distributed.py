@@ -258,7 +258,7 @@ def process(rank: int, folder: Path) -> None:
         try:
             fit(**arguments(), out=folder / "two" / name)
         except Interrupted:
-            names = sorted(path.name for path in (folder / "two" / name / "checkpoints").iterdir())
+            names = sorted(path.name for path in (folder / "two" / name / "checkpoints").glob("*.pt"))
             (folder / f"{name}-{rank}.txt").write_text(names[-1])
         Loop.one_step = one_step  # type: ignore[method-assign]
         fit(**arguments(), out=folder / "two" / name, resume=True)

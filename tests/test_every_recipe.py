@@ -69,10 +69,10 @@ def own_step(recipe: Recipe, network: nn.Module) -> AdversarialStep:
 def test_two_epochs_on_the_digits(name: str, tmp_path: Path) -> None:
     """It learns, its terms add up to the loss, and what it exports is a plain model that anyone can load."""
     recipe = shortened(with_teachers(RECIPES[name](epsilon=0.05)))
-    recipe = replace(recipe, epochs=2, warmup=0.0, batch_size=16)
+    recipe = replace(recipe, epochs=2, warmup=0.0, batch_size=20)
     settings = replace(QUICK, extra_data="digits") if recipe.extra_share else QUICK
     whole = load("digits")
-    digits = replace(whole, train=whole.train.subset(torch.arange(220)), test=whole.test.subset(torch.arange(100)))
+    digits = replace(whole, train=whole.train.subset(torch.arange(200)), test=whole.test.subset(torch.arange(100)))
     run = fit(recipe, digits, "small_cnn", out=tmp_path / "run", settings=settings, model_options={"width": 8})
     first, second = metrics(run.path)
     for line in (first, second):
