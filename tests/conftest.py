@@ -24,7 +24,7 @@ natively = pytest.mark.skipif(
 _STATE = tempfile.TemporaryDirectory(prefix="holdfast-state-")
 os.environ["HOLDFAST_STATE_DIR"] = _STATE.name  # tests trust nothing in, and add nothing to, the developer's own store
 
-# `nohup` ignores SIGHUP, and a shell the Ctrl-C of what it runs in the background: tests and what they start would, too.
+# `nohup` ignores SIGHUP, and a shell the Ctrl-C of what it runs in the background; tests and their processes would too.
 for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _default)

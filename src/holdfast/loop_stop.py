@@ -52,6 +52,16 @@ def pause(loop: Loop) -> None:
         raise Interrupted(loop.folder.path, asked)
 
 
+def shared_batches(images: int, processes: int, batch_size: int) -> int:
+    """Return how many batches every process has: at these all can confer, and at no others.
+
+    Example:
+        >>> shared_batches(7, processes=2, batch_size=3)  # of one process 3 and 1, of the other 3
+        1
+    """
+    return -(-(images // processes) // batch_size)
+
+
 def at_each_batch(loop: Loop, images: int, *, closing: bool) -> Callable[[int], None]:
     """Return a function to be told of every batch of an evaluation, which stops the run there if it was asked to.
 
@@ -62,7 +72,7 @@ def at_each_batch(loop: Loop, images: int, *, closing: bool) -> Callable[[int], 
         images: How many images are evaluated, over all processes.
         closing: Whether this is the closing evaluation, whose progress is shown.
     """
-    shared = -(-(images // distributed.world_size()) // loop.settings.evaluation_batch)  # every process has so many
+    shared = shared_batches(images, distributed.world_size(), loop.settings.evaluation_batch)
     done = 0
 
     def told(count: int) -> None:

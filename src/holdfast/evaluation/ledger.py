@@ -188,7 +188,7 @@ class Ledger:
         if not file.is_file():
             return None
         try:
-            weight_shapes(file)
+            weight_shapes(file, advice=self._anew)
             found = load(checked_bytes(file, advice=self._anew, unchecked=self.unchecked.append))
         except (SafetensorError, OSError):
             raise Damaged(f"{file} is damaged", self._anew) from None

@@ -72,7 +72,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """
     ours = (file.parent / DESCRIPTION).is_file()
     try:
-        weight_shapes(file)
+        weight_shapes(file, advice=_ADVICE)
         return load(checked_bytes(file, advice=_ADVICE, unchecked=None if ours else lambda path: None))
     except FileNotFoundError:
         raise HoldfastError(f"{file} is missing: give a run folder, a model folder or a .safetensors file") from None
