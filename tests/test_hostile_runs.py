@@ -46,6 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (
         command("evaluate", folder / "run", "--steps", 2, "--n", 8, "--out", folder / "run" / "evaluations" / "e") == 0
     )
+    shutil.copytree(folder / "run" / "evaluations" / "e", folder / "run" / "evaluations" / "other")
     return folder / "run"
 
 
@@ -55,22 +56,23 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-EVALUATION = "evaluations/e"
+EVALUATION, OTHER = "evaluations/e", "evaluations/other"
 USES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "config.yaml": (("evaluate", ".", "--steps", 2, "--n", 8), ("train", "--resume", "--out", ".")),
     "summary.json": (("train", "--resume", "--out", "."),),
     "model/config.json": (("evaluate", ".", "--steps", 2, "--n", 8),),
     "model/model.safetensors": (("evaluate", ".", "--steps", 2, "--n", 8), ("verify", EVALUATION)),
-    f"{EVALUATION}/protocol.json": (("compare", EVALUATION, EVALUATION), ("verify", EVALUATION)),
+    f"{EVALUATION}/protocol.json": (("compare", EVALUATION, OTHER), ("verify", EVALUATION)),
     f"{EVALUATION}/ledger.jsonl": (
-        ("compare", EVALUATION, EVALUATION),
+        ("compare", EVALUATION, OTHER),
         ("evaluate", ".", "--steps", 2, "--n", 8, "--out", EVALUATION),
     ),
-    f"{EVALUATION}/flags.json": (("compare", EVALUATION, EVALUATION),),
+    f"{EVALUATION}/flags.json": (("compare", EVALUATION, OTHER),),
 }
 """Commands that read a file, and cannot do without it."""
 
 GONE = (("summary.json", "circle"), ("config.yaml", "circle"))
+OTHER_KEYS = ("config.yaml", "not a number", "train")  # good YAML, of which the keys are told
 
 
 @pytest.mark.parametrize("name", USES)
@@ -101,7 +103,8 @@ def test_files_of_a_run(
             continue
         told = refused(capsys, *words)
         assert len(told) < 1500
-        assert ":" in told.removeprefix("holdfast: ")
+        assert name in told or (name, how, words[0]) == OTHER_KEYS or (how in KINDS and str(Path(name).parent) in told)
+        assert re.search(r": \w", told.removeprefix("holdfast: "))
 
 
 @pytest.mark.parametrize("name", ["environment.json", "metrics.jsonl", f"{EVALUATION}/probes.json"])
@@ -320,7 +323,7 @@ def packed(path: Path, size: int) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
             if name.endswith("data/0"):
-                with archive.open(name, "w") as out:
+                with archive.open(name, "w", force_zip64=True) as out:
                     zeros(out.write, size)
             else:
                 archive.writestr(name, content)

@@ -88,11 +88,14 @@ def _refusal_of_lines(content: bytes) -> str:
 
 def test_many_values_in_many_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lines of a file have one limit together."""
-    monkeypatch.setattr("holdfast.parsing._LINES_COST", 1000)
+    monkeypatch.setattr("holdfast.parsing._LINES_COST", 2700)
     assert len(parse_json_lines(b'{"a": 1}\n' * 100, "it")) == 100
-    assert "has more values" in _refusal_of_lines((b"[" + b"0," * 2000 + b"0]\n") * 2)
+    assert "has more values" in _refusal_of_lines((b"[" + b"0," * 3000 + b"0]\n") * 2)
     monkeypatch.setattr("holdfast.parsing._LINES_COST", 3000)
     assert "line 2 of it" in _refusal_of_lines((b"[" + b"0," * 2000 + b"0]\n") * 2)
+    monkeypatch.setattr("holdfast.parsing._LINES_COST", 10_000)
+    assert "line 386 of it is damaged (it has more values" in _refusal_of_lines(b'{"":0}\n' * 5000)
+    assert "more values" in _refusal_of_lines(b"0\n" * 5000)
 
 
 @pytest.mark.parametrize(

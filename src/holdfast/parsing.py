@@ -33,7 +33,8 @@ YAML_BYTES = 1 << 20
 
 _LINE_BYTES = 1 << 20
 _COST = 2_000_000  # of a JSON document, in parts of about 64 bytes of memory
-_LINES_COST = 8_000_000  # of all lines of a file: 160 for each of 50,000 images, and a ledger needs 100
+_LINES_COST = 8_000_000  # of all lines of a file: 160 for each of 50,000 images, and a ledger needs 120
+_LINE_COST = 20  # of a line, for the time it takes
 _YAML_VALUES = 20_000  # they take half a second
 _DIGITS = 40  # of a whole number; Python's conversion takes quadratic time
 
@@ -89,7 +90,7 @@ def parse_json_lines(content: bytes, what: str, *, advice: str = _ADVICE) -> lis
             where = f"line {len(values) + 1} of {what}"
             line = line.rstrip(b"\r\n")
             _require_size(line, _LINE_BYTES)
-            left -= _require_small(line, min(left, _COST))
+            left -= _LINE_COST + _require_small(line, min(left, _COST))
             values.append(_json_value(line))
     except _Refused as refused:
         raise Damaged(f"{where} is damaged ({refused})", advice) from None
@@ -163,12 +164,13 @@ def _require_small(raw: bytes, most: int) -> int:
     Only brackets, commas and colons outside strings are looked at. They tell the depth, and about how much memory the
     values will take: the result, in parts of 64 bytes, where a mapping takes four more than the values in it.
     """
-    if len(raw) < 1000 and raw.count(b"[") + raw.count(b"{") <= DEPTH:
-        return min(most, raw.count(b",") + raw.count(b":") + 4 * raw.count(b"{") + 1)
-    signs = _outside_strings(raw)
-    cost = 1 + len(signs) - signs.count(b"]") - signs.count(b"}") + 3 * signs.count(b"{")
+    is_short = len(raw) < 1000 and raw.count(b"[") + raw.count(b"{") <= DEPTH
+    signs = raw if is_short else _outside_strings(raw)
+    cost = 1 + signs.count(b",") + signs.count(b":") + signs.count(b"[") + 4 * signs.count(b"{")
     if cost > most:
         raise _Refused("it has more values than such a file can need")
+    if is_short:
+        return cost
     depth = deepest = 0
     for sign in signs.translate(None, b",:"):
         depth += 1 if sign in b"[{" else -1
