@@ -252,6 +252,8 @@ def test_the_issues_options_exist() -> None:
         (["train", "pgd_at", "--data", "digits", "--model.width", "[1"], "--model.width '[1' is no YAML"),
         (["train", "pgd_at", "--data", "digits", "--model.width", "wide"], "width is 'wide': give a whole number"),
         (["train", "pgd_at", "--data", "digits", "--training.device", "tpu9"], "use auto, cpu or cuda"),
+        (["train", "pgd_at", "--data", "digits", "--training.device", "meta"], "use auto, cpu or cuda"),
+        (["train", "pgd_at", "--data", "digits", "--training.compile", "nosuch"], "compiler backend 'nosuch' is"),
         (["train", "pgd_at", "--data", "digits", "--training.keep_checkpoints", "0"], "keep_checkpoints is 0"),
         (["train"], "RECIPE is missing"),
         (["train", "pgd_at"], "--data is missing"),

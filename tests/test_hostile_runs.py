@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -371,3 +372,27 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
         assert read_json(tmp_path / "a.json") == {"a": 1}
         assert not beside.exists()
     assert (tmp_path / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_pickles_that_ask_for_memory(old: bool, tmp_path: Path) -> None:
+    """A reader of weights alone still calls bytearray(n); 150 bytes would take as much memory as they like."""
+    bomb = b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x7f\x85R."
+    file = tmp_path / "w.pt"
+    torch.save({"a": torch.ones(1)}, file, _use_new_zipfile_serialization=not old)
+    if old:
+        file.write_bytes(bomb)
+    else:
+        with zipfile.ZipFile(file) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, bomb if name.endswith("data.pkl") else content)
+    with pytest.raises(HoldfastError, match="holds builtins bytearray, which weights do not need"):
+        require_plain_torch_file(file)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_plain_torch_files_are_let_through(old: bool, tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "w.pt", _use_new_zipfile_serialization=not old)
+    require_plain_torch_file(tmp_path / "w.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import holdfast
 from holdfast import fit
 from holdfast.progress_display import LiveDisplay
 from holdfast.streams import Lasting, replace_missing, silence, tell
@@ -115,3 +117,17 @@ def test_output_into_a_pipe_that_was_closed(broken: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "stdout", broken)
     assert command("list", "recipes") == 0
     broken.flush()
+
+
+def test_notes_go_through_a_stream_that_may_be_gone() -> None:
+    """A bare print to standard error ends the work where nobody reads it, and a broken pipe counts as success."""
+    bare = [
+        f"{path.name}:{call.lineno}"
+        for path in Path(holdfast.__file__).parent.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Name)
+        and call.func.id == "print"
+        and any(word.arg == "file" for word in call.keywords)
+    ]
+    assert bare == []

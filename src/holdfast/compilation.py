@@ -10,6 +10,17 @@ from torch import nn
 from holdfast.errors import unknown_name
 
 
+def require_backend(backend: str) -> None:
+    """Refuse a backend that `torch.compile` does not know.
+
+    Raises:
+        HoldfastError: names the nearest.
+    """
+    known = torch._dynamo.list_backends(None)
+    if backend not in known:
+        raise unknown_name("compiler backend", backend, known)
+
+
 def compile_in_place(model: nn.Module, backend: str = "inductor") -> None:
     """Compile a network's calls without renaming its parameters.
 
@@ -30,9 +41,7 @@ def compile_in_place(model: nn.Module, backend: str = "inductor") -> None:
         >>> [name for name, _ in model.named_parameters()]
         ['0.weight', '0.bias']
     """
-    known = torch._dynamo.list_backends(None)
-    if backend not in known:
-        raise unknown_name("compiler backend", backend, known)
+    require_backend(backend)
     # A forward with feature taps must not reuse the graph of one without: torch looks at hooks only if told to.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     call = model._call_impl

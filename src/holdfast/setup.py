@@ -13,6 +13,7 @@ from torch import nn
 
 from holdfast import __version__, checks, distributed
 from holdfast.attacks.base import AttackWithMemory, require_steepest
+from holdfast.compilation import require_backend
 from holdfast.configuration import recipe_config
 from holdfast.data.augment import default_padding
 from holdfast.data.extra import Extra
@@ -106,6 +107,8 @@ def prepare(
     """
     require_steepest(recipe.threat, "PGD")  # validation and the closing evaluation run it
     refuse_extra_mismatch(recipe, settings)
+    if isinstance(settings.compile, str):
+        require_backend(settings.compile)
     codes = own_code(recipe, model, code or {})
     trusted = [  # before anything that takes long
         f"{part} is made by {own.path}, {trust.in_words(trust.require(own))} (SHA-256 {own.sha256})"
