@@ -62,6 +62,9 @@ def test_deep_json(opening: str) -> None:
     assert "it is nested 65 deep, at most 64 are read" in refusal_of_json("[" * 65 + "]" * 65)
     assert parse_json(json.dumps(["[" * 500, '"\\[' * 500, "\\"]), "it") == ["[" * 500, '"\\[' * 500, "\\"]
     assert "is nested" in refusal_of_json(json.dumps(["\\", '"'])[:-1] + "," + "[" * 70)
+    many = json.dumps(["[[[[[[["] * 20_000)  # longer than what is looked at together
+    assert len(parse_json(many, "it")) == 20_000
+    assert "is nested" in refusal_of_json(many[:-1] + "," + "[" * 70)
     padding = json.dumps(["x" * 70_000, "\\" * 70_001, '"' * 70_001])
     assert parse_json(padding, "it")
     assert "is nested" in refusal_of_json(padding[:-1] + "," + "[" * 70)
