@@ -71,7 +71,7 @@ def _require_plain_pickles(path: Path, content: bytes, *, count: int) -> None:
     except HoldfastError:
         raise
     except Exception as error:  # a damaged pickle raises anything from ValueError to IndexError
-        raise HoldfastError(f"{path} is damaged ({str(error)[:200]}): restore it") from error
+        raise HoldfastError(f"{path} holds no weights ({str(error)[:200]}): save model.state_dict()") from error
 
 
 class _Cautious(io.BufferedIOBase):

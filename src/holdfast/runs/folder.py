@@ -42,7 +42,7 @@ def read_config(path: Path, *, check: bool = False) -> dict[str, Any]:
         raise Damaged(f"{path} was changed or damaged after it was written", _mended(path.parent))
     config = parse_yaml(content, str(path), advice="mend it, or copy the config.yaml of a run")
     if check and config is None:
-        raise Damaged(f"{path} is empty", _mended(path.parent))
+        raise Damaged(f"{path} is no configuration, it is empty", _mended(path.parent))
     if not isinstance(config, dict):
         raise HoldfastError(f"{path} is no configuration: it must be a mapping, as in the config.yaml of a run")
     return config
