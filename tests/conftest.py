@@ -8,12 +8,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two t
 
 import signal
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from holdfast.forward import Batch
+from holdfast.models import trust
 from holdfast.runs.environment import device_name, supports_bf16
 
 natively = pytest.mark.skipif(
@@ -62,3 +64,13 @@ def network() -> nn.Module:
 def batch() -> Batch:
     """A small batch for it."""
     return small_batch()
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty trust store, and a process in which nobody has named anything yet."""
+    monkeypatch.setenv(trust.STATE_VARIABLE, str(tmp_path / "state"))
+    monkeypatch.delenv(trust.HASH_VARIABLE, raising=False)
+    monkeypatch.setattr(trust, "_named", set())
+    monkeypatch.setattr(trust, "_told", set())
+    return tmp_path / "state"

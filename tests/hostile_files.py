@@ -455,12 +455,17 @@ def _(folder: Path, size: int) -> Path:
     return image_folder(folder, saved("PNG", side, "1", compress_level=1))
 
 
-@hostile("image: PNG with text", "bad0.png cannot be read")
-def _(folder: Path, size: int) -> Path:
+def deflated_zeros(size: int) -> bytes:
+    """So many zeros, deflated, as a text or a profile in a PNG is."""
     packer, packed = zlib.compressobj(1), io.BytesIO()
     zeros(lambda part: packed.write(packer.compress(part)), size)
     packed.write(packer.flush())
-    return image_folder(folder, png(8, 8, png_chunk(b"zTXt", b"a\0\0" + packed.getvalue())))
+    return packed.getvalue()
+
+
+@hostile("image: PNG with text", "bad0.png cannot be read")
+def _(folder: Path, size: int) -> Path:
+    return image_folder(folder, png(8, 8, png_chunk(b"zTXt", b"a\0\0" + deflated_zeros(size))))
 
 
 @hostile("image: PNG with many texts", "bad0.png cannot be read")
@@ -471,10 +476,7 @@ def _(folder: Path, size: int) -> Path:
 
 @hostile("image: PNG with a colour profile", "bad0.png cannot be read")
 def _(folder: Path, size: int) -> Path:
-    packer, packed = zlib.compressobj(1), io.BytesIO()
-    zeros(lambda part: packed.write(packer.compress(part)), size)
-    packed.write(packer.flush())
-    return image_folder(folder, png(9, 8, png_chunk(b"iCCP", b"a\0\0" + packed.getvalue())))
+    return image_folder(folder, png(9, 8, png_chunk(b"iCCP", b"a\0\0" + deflated_zeros(size))))
 
 
 @hostile("image: PNG with a chunk that does not end", "bad0.png cannot be read")

@@ -20,7 +20,7 @@ from holdfast import distributed
 from holdfast.errors import HoldfastError
 from holdfast.runs.checkpoint import checkpoints
 from holdfast.runs.folder import CONFIG
-from holdfast.runs.lock import TRAINING, locked
+from holdfast.runs.lock import locked
 from tiny_runs import NET, assert_same_run, write_toy
 
 pytestmark = pytest.mark.slow  # two more processes, each with its own torch
@@ -147,7 +147,7 @@ def test_all_end_with_one(how: str, place: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks up processes in /proc")
 def test_all_are_refused_with_the_first(place: Path, tmp_path: Path) -> None:
     """The first process alone asks for the lock; the others do not wait for one that has gone."""
-    with locked(tmp_path / "run", work=TRAINING, kept_for=CONFIG):
+    with locked(tmp_path / "run", kept_for=CONFIG):
         process = launched(words(place, tmp_path / "run", 1))
         told = ended(process, [])
         assert (

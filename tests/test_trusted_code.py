@@ -83,12 +83,8 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> Sent:
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def elsewhere(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Another machine. Returns the file that the sent code writes when it is executed."""
-    monkeypatch.setenv(trust.STATE_VARIABLE, str(tmp_path / "state"))
-    monkeypatch.delenv(trust.HASH_VARIABLE, raising=False)
-    monkeypatch.setattr(trust, "_named", set())
-    monkeypatch.setattr(trust, "_told", set())
     monkeypatch.setenv("HOLDFAST_TEST_MARK", str(tmp_path / "mark"))
     return tmp_path / "mark"
 

@@ -35,12 +35,22 @@ class Stopped(KeyboardInterrupt):
         self.number = int(number)
 
 
+def resuming(run: Path) -> str:
+    """Return the command that goes on with a run.
+
+    Example:
+        >>> resuming(Path("my runs/one"))
+        "holdfast train --resume --out 'my runs/one'"
+    """
+    return f"holdfast train --resume --out {shlex.quote(str(run))}"
+
+
 class Interrupted(Stopped):
     """Training stopped because it was asked to. The run in `path` can go on from its last checkpoint."""
 
     def __init__(self, path: Path, number: int = signal.SIGINT, *, at_once: bool = False) -> None:
         how = "stopped at once; go on from the last checkpoint" if at_once else "stopped; go on"
-        super().__init__(f"{how} with: holdfast train --resume --out {shlex.quote(str(path))}", number)
+        super().__init__(f"{how} with: {resuming(path)}", number)
         self.path = path
 
 

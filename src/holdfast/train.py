@@ -24,7 +24,7 @@ from holdfast.recipe import Recipe
 from holdfast.runs.environment import environment
 from holdfast.runs.export import load_model
 from holdfast.runs.folder import CONFIG, RunFolder
-from holdfast.runs.lock import TRAINING, FolderLock, locked
+from holdfast.runs.lock import FolderLock, locked
 from holdfast.runs.own_code import keep_code
 from holdfast.setup import Settings, Setup, prepare
 
@@ -94,7 +94,7 @@ def fit(
             stack.enter_context(trusting(trust_code))
             interruption = stack.enter_context(Interruption())
             path = None if out is None else Path(out)
-            lock = None if path is None else stack.enter_context(locked(path, work=TRAINING, kept_for=CONFIG))
+            lock = None if path is None else stack.enter_context(locked(path, kept_for=CONFIG))
             setup = prepare(
                 recipe,
                 data,
@@ -108,7 +108,7 @@ def fit(
             )
             if path is None or lock is None:
                 path = _default_folder(setup)
-                lock = stack.enter_context(locked(path, work=TRAINING, kept_for=CONFIG))
+                lock = stack.enter_context(locked(path, kept_for=CONFIG))
             stack.callback(shown.stop)
             return FinishedRun(path, _train(setup, path, lock, shown, interruption, resume=resume))
     finally:

@@ -356,11 +356,11 @@ def test_a_ledger_of_another_network_or_other_images_is_refused(model: nn.Module
 
 def test_two_cannot_write_one_ledger(model: nn.Module, tmp_path: Path) -> None:
     from holdfast.evaluation.ledger import PROTOCOL
-    from holdfast.runs.lock import EVALUATING, locked
+    from holdfast.runs.lock import locked
 
     short(model, out=tmp_path / "e")
     refused = pytest.raises(HoldfastError, match=r"another process is writing to .*/e: wait for it, or choose")
-    with locked(tmp_path / "e", work=EVALUATING, kept_for=PROTOCOL), refused:
+    with locked(tmp_path / "e", kept_for=PROTOCOL), refused:
         short(model, out=tmp_path / "e")
     short(model, out=tmp_path / "e")
 

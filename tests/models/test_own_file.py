@@ -35,16 +35,6 @@ def result(code: OwnCode) -> object:
         return function()
 
 
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty trust store, and a process in which nobody has named anything yet."""
-    monkeypatch.setenv(trust.STATE_VARIABLE, str(tmp_path / "state"))
-    monkeypatch.delenv(trust.HASH_VARIABLE, raising=False)
-    monkeypatch.setattr(trust, "_named", set())
-    monkeypatch.setattr(trust, "_told", set())
-    return tmp_path / "state"
-
-
 # -------------------------------------------------------------------------------------------- what is hashed
 
 

@@ -23,7 +23,7 @@ from holdfast.evaluation.ledger import PROTOCOL
 from holdfast.evaluation.pursuit import Pursuit
 from holdfast.loop import Loop
 from holdfast.runs.folder import CONFIG, RunFolder
-from holdfast.runs.lock import EVALUATING, LOCK, TRAINING, FolderLock, locked
+from holdfast.runs.lock import LOCK, FolderLock, locked
 from tiny_runs import FP32, assert_same_run, command, refused, tiny_net, tiny_recipe, toy, train, write_toy
 
 REFUSED = "another process is writing to .*run: wait for it, or choose another --out"
@@ -31,7 +31,7 @@ GONE = r"was deleted, moved or emptied under its writer \(.* is gone\), and noth
 
 
 def lock_of(path: Path) -> FolderLock:
-    return FolderLock(path, work=TRAINING, kept_for=CONFIG)
+    return FolderLock(path, kept_for=CONFIG)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -64,14 +64,14 @@ def test_a_folder_that_was_not_used_is_left_as_it_was(before: str, tmp_path: Pat
     if before == "a letter":
         (run / "letter.txt").write_text("dear")
     was = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ZeroDivisionError), locked(run, work=TRAINING, kept_for=CONFIG):
+    with pytest.raises(ZeroDivisionError), locked(run, kept_for=CONFIG):
         assert 1 / (not (run / LOCK).exists())
     assert sorted(tmp_path.rglob("*")) == was
 
 
 def test_what_another_put_there_is_left(tmp_path: Path) -> None:
     """A folder that this one made, and into which somebody has written meanwhile."""
-    with locked(tmp_path / "deep" / "run", work=TRAINING, kept_for=CONFIG):
+    with locked(tmp_path / "deep" / "run", kept_for=CONFIG):
         (tmp_path / "deep" / "run" / "letter.txt").write_text("dear")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "letter.txt", "run"]
 
@@ -80,7 +80,7 @@ HOLDER = """
 import os, sys, time
 from pathlib import Path
 from holdfast.runs.lock import FolderLock
-lock = FolderLock(Path(sys.argv[1]), work="training in", kept_for="config.yaml")
+lock = FolderLock(Path(sys.argv[1]), kept_for="config.yaml")
 lock.take()
 holder = os.getpid()
 if sys.argv[2] == "with a child" and os.fork() == 0:
@@ -174,7 +174,7 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path: Path, capsys: pytest.Capture
     assert train(data, out, epochs=1) == 0
     data.rename(tmp_path / "other.npz")  # who reads data first fails otherwise
     before = files(out)
-    with locked(out, work=TRAINING, kept_for=CONFIG):
+    with locked(out, kept_for=CONFIG):
         words = ["train", "pgd_at", "--data", data, "--threat.epsilon", 0.1, "--out", out]
         for refusal in (refused(capsys, *words), refused(capsys, *words, "--resume"), refused(capsys, *words[:1],
                         "--resume", "--out", out)):  # fmt: skip
@@ -198,7 +198,7 @@ def test_a_run_that_goes_on_is_left_alone(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_second_demo_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with locked(tmp_path / "demo" / "standard", work=TRAINING, kept_for=CONFIG):
+    with locked(tmp_path / "demo" / "standard", kept_for=CONFIG):
         assert "another process is writing to" in refused(capsys, "demo", "--out", tmp_path / "demo")
 
 
@@ -389,7 +389,7 @@ def test_halves_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     fit(tiny_recipe(epochs=1), toy(), tiny_net(), out=run, settings=FP32, resume=True)
     assert [half for half in halves if half.exists()] == []
     assert other.exists()
-    with locked(other.parent, work=EVALUATING, kept_for=PROTOCOL):
+    with locked(other.parent, kept_for=PROTOCOL):
         pass
     evaluate(tiny_net(), toy().test, threat=Linf(0.1), attack="pgd", probe=False, out=other.parent)
     assert not other.exists()

@@ -80,9 +80,9 @@ def _train(asked: Namespace, rest: Sequence[str]) -> int:
     if asked.resume and folder is None:
         raise HoldfastError("--resume needs the run folder: add --out DIR")
     if folder is not None and int(os.environ.get("WORLD_SIZE", "1")) < 2:  # several processes refuse together, in `fit`
-        from holdfast.runs.lock import TRAINING, refuse_if_held
+        from holdfast.runs.lock import refuse_if_held
 
-        refuse_if_held(folder, work=TRAINING)  # before data is read; `fit` takes the lock
+        refuse_if_held(folder)  # before data is read; `fit` takes the lock
     config, data, code = configure(asked, rest, folder)
 
     from dataclasses import fields

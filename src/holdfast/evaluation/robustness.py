@@ -30,7 +30,7 @@ from holdfast.interruption import Interruption, Stopped
 from holdfast.keyed_random import Key, permutation
 from holdfast.progress_display import Display
 from holdfast.runs.files import read_json, write_json, write_text
-from holdfast.runs.lock import EVALUATING, locked
+from holdfast.runs.lock import locked
 from holdfast.threat import ThreatModel
 
 PROBED, TRIED, OUTPUTS = 64, 8, 100
@@ -107,7 +107,7 @@ class Plan:
         with ExitStack() as stack:
             stack.enter_context(distributed.others_missed())
             interruption = stack.enter_context(Interruption())
-            lock = self.path and stack.enter_context(locked(self.path, work=EVALUATING, kept_for=PROTOCOL))
+            lock = self.path and stack.enter_context(locked(self.path, kept_for=PROTOCOL))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(left_as_it_was(self.model, self.inputs.device))
             stack.callback(self.display.stop)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import yaml
 
 from holdfast import distributed
 from holdfast.errors import Damaged, HoldfastError
+from holdfast.interruption import resuming
 from holdfast.parsing import JSON_BYTES, LINES_BYTES, YAML_BYTES, parse_json, parse_json_lines, parse_yaml, through_json
 from holdfast.regular_files import read_regular
 from holdfast.runs import digests
@@ -46,11 +46,6 @@ def read_config(path: Path, *, check: bool = False) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise HoldfastError(f"{path} is no configuration: it must be a mapping, as in the config.yaml of a run")
     return config
-
-
-def resuming(run: Path) -> str:
-    """Return the command that goes on with a run."""
-    return f"holdfast train --resume --out {shlex.quote(str(run))}"
 
 
 def _mended(run: Path) -> str:

@@ -15,7 +15,6 @@ from holdfast.errors import HoldfastError
 from holdfast.runs.files import full_disk_told
 
 LOCK = ".lock"
-TRAINING, EVALUATING = "training in", "evaluating into"
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -24,12 +23,11 @@ class FolderLock:
 
     Args:
         path: The folder; made if missing.
-        work: What its holder does, for the message to a second one: `TRAINING` or `EVALUATING`.
         kept_for: The file that shows that the folder is in use. A folder without it is left as it was found.
     """
 
-    def __init__(self, path: Path, *, work: str, kept_for: str) -> None:
-        self.path, self.work, self.kept_for = path, work, kept_for
+    def __init__(self, path: Path, *, kept_for: str) -> None:
+        self.path, self.kept_for = path, kept_for
         self._lock: filelock.BaseFileLock | None = None
         self._file: os.stat_result | None = None
         self._made: list[Path] = []
@@ -126,12 +124,12 @@ class FolderLock:
 
 
 @contextmanager
-def locked(path: Path, *, work: str, kept_for: str) -> Iterator[FolderLock]:
+def locked(path: Path, *, kept_for: str) -> Iterator[FolderLock]:
     """Hold the lock on a folder; under several processes the first one holds it, and all refuse together.
 
     Whatever goes wrong in a folder that was deleted meanwhile: that it was deleted is what is told.
     """
-    lock = FolderLock(path, work=work, kept_for=kept_for)
+    lock = FolderLock(path, kept_for=kept_for)
     try:
         with distributed.refused_together():
             if distributed.rank() == 0:
@@ -147,13 +145,13 @@ def locked(path: Path, *, work: str, kept_for: str) -> Iterator[FolderLock]:
         lock.release()
 
 
-def refuse_if_held(path: Path, *, work: str) -> None:
+def refuse_if_held(path: Path) -> None:
     """Refuse at once, before data is read, to begin in a folder that another process writes to.
 
     Raises:
         HoldfastError: it is held.
     """
     if (path / LOCK).is_file():
-        lock = FolderLock(path, work=work, kept_for=LOCK)
+        lock = FolderLock(path, kept_for=LOCK)
         lock.take()
         lock.release()
