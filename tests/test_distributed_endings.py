@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from holdfast import distributed
+from holdfast.cli.main import main
 from holdfast.errors import HoldfastError
 from holdfast.runs.checkpoint import checkpoints
 from holdfast.runs.folder import CONFIG
@@ -38,17 +39,21 @@ def words(place: Path, out: Path, epochs: int) -> list[str]:
     return [str(word) for word in asked]
 
 
-def launched(words: list[str]) -> subprocess.Popen[str]:
-    """The command in two processes, in a group of its own."""
+def free_port() -> int:
+    """A port that nobody listens to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def launched(words: list[str]) -> subprocess.Popen[str]:
+    """The command in two processes, in a group of its own."""
     run = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
-        f"--master_port={port}",
+        f"--master_port={free_port()}",
         "-m",
         "holdfast",
     ]
@@ -154,6 +159,24 @@ def test_all_are_refused_with_the_first(place: Path, tmp_path: Path) -> None:
             f"holdfast: another process is writing to {tmp_path / 'run'}: wait for it, or choose another --out" in told
         )
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
+
+
+def training(rank: int, folder: Path, port: int) -> None:
+    """What each of two processes does for the test below."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    assert main(words(folder, folder / "run", 1)) == 0
+    named = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    (folder / str(rank)).write_text(" ".join(name for name in named if "gloo" in name))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks up threads in /proc")
+def test_no_thread_of_gloo_stays(tmp_path: Path) -> None:
+    """One that lets go of a tensor while Python ends aborts the process, now and then."""
+    write_toy(tmp_path / "toy.npz")
+    (tmp_path / "net.py").write_text(NET)
+    mp.spawn(training, args=(tmp_path, free_port()), nprocs=2)
+    assert [(tmp_path / name).read_text() for name in "01"] == ["", ""]
 
 
 def conferring(rank: int, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +38,9 @@ def start_from_environment() -> bool:
         return False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Imported later (DDP does so), this module keeps the group in its functions' defaults. Gloo's threads would then
+    # outlive `stop`, and one that lets go of a tensor while Python ends aborts the process.
+    import_module("torch.distributed.nn.functional")
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return True
 

@@ -44,6 +44,7 @@ def test_any_steps(step: int) -> None:
         (gzip.compress(CONTENT) + b"more", "incorrect header check"),
         (gzip.compress(b"") * 1001, "it has more than 1000 parts"),
     ],
+    ids=["empty", "other", "cut", "checksum", "followed", "parts"],  # not the bytes: they hold the time
 )
 def test_damage(packed: bytes, message: str) -> None:
     """Told when the damaged place is read, and not before what is whole was read."""
