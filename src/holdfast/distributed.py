@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +39,8 @@ def start_from_environment() -> bool:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # Imported later (DDP does so), this module keeps the group in its functions' defaults. Gloo's threads would then
     # outlive `stop`, and one that lets go of a tensor while Python ends aborts the process.
-    import_module("torch.distributed.nn.functional")
+    import torch.distributed.nn.functional  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return True
 
