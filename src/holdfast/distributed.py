@@ -39,7 +39,7 @@ def start_from_environment() -> bool:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # Imported later (DDP does so), this module keeps the group in its functions' defaults. Gloo's threads would then
     # outlive `stop`, and one that lets go of a tensor while Python ends aborts the process.
-    import torch.distributed.nn.functional  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from torch.distributed.nn import functional as _  # noqa: F401
 
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return True
