@@ -41,7 +41,7 @@ def _first_look(probed: ProbedModel) -> list[Flag]:
     if found is None:
         says = f"no gradient with respect to the pixels can be taken: {probed.reason}"
         return [*flags, Flag("no-gradients", says, "serious", {"n": n})]
-    logits, (of_margin, of_entropy) = found
+    logits, (of_margin, of_entropy) = finite(found[0]), found[1]
     zero = (finite(of_margin) == 0).flatten(1).all(1)
     if bool(zero.any()):
         severity = "serious" if count(zero) >= FEW * n else "warning"
@@ -71,7 +71,7 @@ def _along(probed: ProbedModel) -> list[Flag]:
     found = probed.gradients(point, probed.loss)
     if found is None:
         return []
-    logits, gradient = found[0], finite(found[1][0])
+    logits, gradient = finite(found[0]), finite(found[1][0])
     start = probed.loss(logits)
     floor = ROUNDING * logits.abs().amax(1).clamp_min(1e-30)
     alive = (gradient != 0).flatten(1).any(1)

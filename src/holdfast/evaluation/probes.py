@@ -18,6 +18,7 @@ from holdfast.errors import HoldfastError
 from holdfast.evaluation.flags import Flag
 from holdfast.evaluation.gradient_probes import GRADIENT_PROBES
 from holdfast.evaluation.probed_model import ProbedModel, count, finite, first_line, left_as_it_was, probed_model, unit
+from holdfast.functional import correct
 from holdfast.keyed_random import Key
 from holdfast.threat import ThreatModel
 
@@ -145,7 +146,7 @@ def _constant_predictions(probed: ProbedModel) -> Flag | None:
 
 def _randomised(probed: ProbedModel) -> Flag | None:
     answers = [probed.logits(probed.x) for _ in range(REPEATS)]
-    counts = [count(logits.argmax(1) == probed.y) for logits in answers]
+    counts = [count(correct(logits, probed.y)) for logits in answers]
     apart = max(float((unit(logits) - unit(answers[0])).norm(dim=1).max()) for logits in answers)
     probed.randomised = apart > RANDOM_TOLERANCE or len(set(counts)) > 1
     if not probed.randomised:
