@@ -177,8 +177,10 @@ def finite(tensor: Tensor) -> Tensor:
 
 
 def unit(logits: Tensor) -> Tensor:
-    """Rows divided by their length."""
-    return logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    """Rows divided by their length, whatever their scale: squares of 1e-25 or 1e30 do not fit float32."""
+    largest = logits.abs().amax(1, keepdim=True)
+    scaled = logits / torch.where(largest > 0, largest, 1.0)
+    return scaled / scaled.norm(dim=1, keepdim=True).clamp_min(0.5)  # at least 1, but for a row of zeros
 
 
 def count(rows: Tensor) -> int:

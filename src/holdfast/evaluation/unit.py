@@ -103,7 +103,7 @@ def rows_of(
     again = deciding(unit.example, batch_size=max(1, deciding.batch_size // 3))
     held = correct(again, unit.y)
     expected = unit.correct & unit.distance.isinf()
-    scale = unit.clean_logits.abs().amax(1).clamp_min(1e-30)
+    scale = unit.clean_logits.abs().amax(1).clamp_min(torch.finfo(unit.clean_logits.dtype).tiny)
     unstable = (held != expected) | (unit.margin.abs() < BORDERLINE * scale)
     clean_margin = margin(unit.clean_logits, unit.y).tolist()
     clean, right = unit.clean_logits.argmax(1).tolist(), unit.correct.tolist()
