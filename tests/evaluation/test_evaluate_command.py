@@ -150,7 +150,9 @@ def test_compare(subject: list, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["difference"] == pytest.approx(accuracy["a"] - accuracy["b"])
     assert 0 <= found["p"] <= 1
     assert command("compare", tmp_path / "a", tmp_path / "c") == 0
-    assert "n = 5" in told(capsys)
+    words = told(capsys)
+    assert "n = 5" in words
+    assert all(f"net.py:make ({tmp_path / name})" in words for name in ("net.pt", "b.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def _from_file(source: str, weights: str | None, data: str | None, image_size: i
     if weights is not None:
         load_weights(model, read_state(Path(weights)), Path(weights))
     model.eval()  # it was built here: nobody gave it in training mode
-    return Subject(model, found, {}, source)
+    return Subject(model, found, {}, source if weights is None else f"{source} ({weights})")
 
 
 def read_state(file: Path) -> dict[str, Any]:
