@@ -220,6 +220,22 @@ def test_steepest_direction_reaches_the_dual_norm(kind: type[ThreatModel]) -> No
     assert torch.allclose(small, direction, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e-13, 1e-11, 1e25, 1e37])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steepest_direction_does_not_depend_on_the_scale(kind: type[ThreatModel], scale: float) -> None:
+    """In float32, where a sum of squares underflows or overflows; rows beside a scaled one keep every bit."""
+    gradient = somewhere(torch.zeros(9, 1, 2, 3), 1.0, 14)
+    direction = kind(0.1).steepest(gradient)
+    mixed = gradient.clone()
+    mixed[4] *= scale
+    found = kind(0.1).steepest(mixed)
+    assert torch.allclose(found[4], direction[4], rtol=1e-5)
+    others = torch.arange(9) != 4
+    assert torch.equal(found[others], direction[others])
+    mixed[4, 0, 0, 0] = torch.nan
+    assert bool(kind(0.1).steepest(mixed)[4].isnan().any()) or kind is L1
+
+
 def distance_from_uniform(sample: np.ndarray) -> float:
     """Kolmogorov's distance to the uniform distribution on [0, 1], times the root of the size."""
     ordered, n = np.sort(sample), sample.size

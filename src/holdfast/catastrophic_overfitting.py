@@ -18,7 +18,7 @@ from holdfast.attacks.fgsm import FGSM
 from holdfast.attacks.pgd import PGD
 from holdfast.errors import HoldfastError
 from holdfast.forward import Batch, View
-from holdfast.functional import cross_entropy
+from holdfast.functional import correct, cross_entropy
 from holdfast.schedule import Progress
 from holdfast.threat import ThreatModel
 
@@ -67,7 +67,7 @@ class OvertakenAttack:
         for attack in (FGSM(), PGD(steps=STEPS, step_size=threat.epsilon / 2, early_stop=0)):
             found = attack(view, batch, lambda logits: cross_entropy(logits, y), threat=threat, progress=Progress())
             with torch.no_grad():
-                accuracies.append((view(found.x_adv).logits.argmax(1) == y).double().mean())
+                accuracies.append(correct(view(found.x_adv).logits, y).double().mean())
         one_step, pgd = (distributed.total(torch.stack(accuracies)) / distributed.world_size()).tolist()
         return self.judge(one_step, pgd)
 

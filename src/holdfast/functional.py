@@ -201,8 +201,25 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     return difference / (first[:, 0] - (first[:, 2] + first[:, -1]) / 2 + 1e-12)
 
 
+def correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Return which rows are classified correctly, (B,) bool: the one rule behind every accuracy and every verdict.
+
+    A row is correct if its largest logit is that of y (the first of equals counts as the largest) and all its logits
+    are finite. NaN is wrong, because a search for a maximum returns anything there. Infinity is wrong, because it is
+    an overflow, which an attack cannot follow: the margin and every loss become infinite or NaN.
+
+    Shapes:
+        logits: (B, K); y: (B,).
+
+    Example:
+        >>> correct(torch.tensor([[2.0, 1.0], [torch.nan, 0.0], [torch.inf, 0.0]]), torch.tensor([0, 0, 0])).tolist()
+        [True, False, False]
+    """
+    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
+
+
 def misclassified(logits: Tensor, y: Tensor) -> Tensor:
-    """Whether the largest logit is not that of y; a row with NaN or infinite logits is misclassified, (B,) bool.
+    """Return which rows are not `correct`, (B,) bool.
 
     Shapes:
         logits: (B, K); y: (B,).
@@ -211,4 +228,4 @@ def misclassified(logits: Tensor, y: Tensor) -> Tensor:
         >>> misclassified(torch.tensor([[2.0, 1.0], [torch.nan, 0.0]]), torch.tensor([0, 0])).tolist()
         [False, True]
     """
-    return (logits.argmax(1) != y) | ~torch.isfinite(logits).all(1)
+    return ~correct(logits, y)

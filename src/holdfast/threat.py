@@ -20,6 +20,9 @@ _FRACTION = re.compile(r"\s*([-+]?\d+(?:\.\d*)?|[-+]?\.\d+)\s*/\s*(\d+(?:\.\d*)?
 TOLERANCE = 1e-6
 """By how much rounding may lead a point out of the ball or the bounds."""
 
+SHORT = 1e-12
+"""A length below which nothing is divided by it as it is."""
+
 
 def parse_fraction(text: str) -> float | None:
     """The value of text such as ``8/255``, or None where the text is no fraction.
@@ -204,7 +207,14 @@ class L2(ThreatModel):
         return delta.flatten(1).norm(dim=1)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        return gradient / self.length(gradient).clamp_min(1e-12).view(-1, *[1] * (gradient.dim() - 1))
+        wide = (-1, *[1] * (gradient.dim() - 1))
+        length = self.length(gradient)
+        # squares of 1e-25 or 1e25 do not fit float32: such rows are brought to a largest element of 1 first
+        odd = (length < SHORT) | length.isinf()
+        largest = gradient.flatten(1).abs().amax(1)
+        scale = torch.where(odd & (largest > 0), largest, 1.0)
+        scaled = gradient / scale.view(wide)
+        return scaled / torch.where(odd, self.length(scaled), length).clamp_min(SHORT).view(wide)
 
     def project(self, x_adv: Tensor, x: Tensor, radius: float | Tensor | None = None) -> Tensor:
         radius = _per_row(self.epsilon if radius is None else radius, x)

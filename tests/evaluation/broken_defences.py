@@ -221,10 +221,30 @@ def random_shift(x: Tensor) -> Tensor:
     return x.roll((down, right), (2, 3))
 
 
+def tampered(x: Tensor) -> Tensor:
+    """Images with a pixel that is no multiple of 1/255, (B, 1, 1, 1) bool."""
+    return ((x * 255 - (x * 255).round()).abs() > 1e-3).flatten(1).any(1).view(-1, 1, 1, 1)
+
+
 def refuse_odd_pixels(x: Tensor) -> Tensor:
     """NaN where a pixel is no multiple of 1/255: "this image was tampered with"."""
-    tampered = ((x * 255 - (x * 255).round()).abs() > 1e-3).flatten(1).any(1)
-    return torch.where(tampered.view(-1, 1, 1, 1), torch.nan, x)
+    return torch.where(tampered(x), torch.nan, x)
+
+
+def noise_where_tampered(x: Tensor) -> Tensor:
+    """Nothing is drawn for images that come from a file."""
+    return torch.where(tampered(x), x + 0.3 * torch.randn_like(x), x)
+
+
+def noise_where_unsure(logits: Tensor) -> Tensor:
+    """Nothing is drawn for images that the network is sure of."""
+    first, second = logits.topk(2, dim=1).values.T
+    return torch.where((first - second < 1.5)[:, None], logits + 5 * torch.randn_like(logits), logits)
+
+
+def noise_now_and_then(x: Tensor) -> Tensor:
+    """One call in three draws."""
+    return x + 0.3 * torch.randn_like(x) if float(torch.rand(())) < 1 / 3 else x
 
 
 def through_numpy(x: Tensor) -> Tensor:
@@ -291,6 +311,9 @@ ZOO: dict[str, Defence] = {
     "noise": Defence("randomised", lambda f, x: Around(f, straight_noise)),
     "dropout left on": Defence("randomised", lambda f, x: Around(f, lambda x: F.dropout(x, 0.3, training=True))),
     "dropout put back on": Defence("randomised", lambda f, x: StaysInTraining(f)),
+    "noise where tampered": Defence("randomised", lambda f, x: Around(f, noise_where_tampered)),
+    "noise where unsure": Defence("randomised", lambda f, x: Around(f, after=noise_where_unsure)),
+    "noise now and then": Defence("randomised", lambda f, x: Around(f, noise_now_and_then)),
     "random shift": Defence("randomised", lambda f, x: Around(f, random_shift)),
     "batch statistics": Defence("batch-dependent", lambda f, x: BatchStatistics(f)),
     "minus the batch's mean": Defence("batch-dependent", lambda f, x: Around(f, lambda x: x - x.mean(0) + 0.3)),

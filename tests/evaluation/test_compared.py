@@ -112,6 +112,38 @@ def test_two_models_are_not_expected_to_agree(a: Path, b: Path) -> None:
     assert "same model" not in in_words(found)
 
 
+@pytest.mark.parametrize(
+    ("changes", "first", "second"),
+    [
+        ({"model": "c" * 64}, "A  runs/x (best), weights {hash}, seed 3", "B  runs/x (best), weights cccccccc, seed 3"),
+        ({"seed": 4}, "A  runs/x (best), seed 3, n = 10", "B  runs/x (best), seed 4, n = 10"),
+        ({}, "A  runs/x (best), in {a}, seed 3", "B  runs/x (best), in {c}, seed 3"),
+        (OTHER, "A  runs/x (best), seed 3", "B  runs/y (best), seed 3"),
+    ],
+    ids=["weights", "seed", "folder", "name"],
+)
+def test_two_sides_are_never_named_alike(
+    changes: dict[str, Any], first: str, second: str, a: Path, tmp_path: Path
+) -> None:
+    """What differs stands beside a name that does not."""
+    c = write(tmp_path / "c", rows_of(A_FATES), **changes)
+    found = compared(a, c)
+    lines = in_words(found).splitlines()
+    names = {"a": a, "c": c, "hash": protocol()["model"][:8]}
+    assert lines[0].startswith(first.format(**names))
+    assert lines[1].startswith(second.format(**names))
+    assert lines[0][1:] != lines[1][1:]
+    assert (found["a"]["label"] == found["b"]["label"]) == ("seed" in changes)
+
+
+def test_hashes_that_begin_alike(a: Path, tmp_path: Path) -> None:
+    """As many digits as tell them apart."""
+    digest = protocol()["model"][:20] + "z" * 44
+    found = compared(a, write(tmp_path / "c", rows_of(A_FATES), model=digest))
+    assert found["b"]["label"].endswith(digest[:21])
+    assert found["a"]["label"] != found["b"]["label"]
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 

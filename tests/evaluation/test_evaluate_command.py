@@ -60,6 +60,18 @@ def test_a_file_with_weights_in_either_form(subject: list, tmp_path: Path, capsy
     assert [each["attack"] for each in found[0]["attacks"]] == ["PGD-50", "uniform noise, 100 draws"]
 
 
+def test_a_network_that_the_command_built_is_not_in_training_mode(subject: list, tmp_path: Path) -> None:
+    """A function returns its network as its constructor left it; one that puts itself back is still told."""
+    command("evaluate", *subject, "--steps", 2, "--out", tmp_path / "e")
+    names = {flag["name"] for flag in json.loads((tmp_path / "e" / "flags.json").read_text())["flags"]}
+    assert "few-images" in names
+    assert "train-mode" not in names
+    stays = NET + "\nclass Stays(nn.Dropout):\n    def train(self, mode=True):\n        return super().train(True)\n"
+    (tmp_path / "net.py").write_text(stays.replace("nn.Flatten(),", "Stays(0.0), nn.Flatten(),"))
+    command("evaluate", *subject, "--steps", 2, "--out", tmp_path / "f")
+    assert "train-mode" in {flag["name"] for flag in json.loads((tmp_path / "f" / "flags.json").read_text())["flags"]}
+
+
 def test_saved_examples_are_recounted(subject: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--weights", tmp_path / "net.pt", "--steps", 5, "--out", tmp_path / "e"]
     assert command("evaluate", *subject, *words, "--save-examples") == 0
@@ -138,7 +150,9 @@ def test_compare(subject: list, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["difference"] == pytest.approx(accuracy["a"] - accuracy["b"])
     assert 0 <= found["p"] <= 1
     assert command("compare", tmp_path / "a", tmp_path / "c") == 0
-    assert "n = 5" in told(capsys)
+    words = told(capsys)
+    assert "n = 5" in words
+    assert all(f"net.py:make ({tmp_path / name})" in words for name in ("net.pt", "b.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -116,24 +116,41 @@ def flags_of(rows: list[dict[str, Any]]) -> dict[str, Flag]:
     "name", ["Square-5000", "Square-1000, 2 restarts", "uniform noise, 100 draws", "transfer from X, PGD-50"]
 )
 def test_black_box_beats_white_box(name: str) -> None:
-    """More than 0.2 points of images is a flag; more than a point, on two images at least, is serious."""
+    """More than 0.2 points of images is a flag; more than chance breaks, at 1 % of the images left, is serious."""
+    passes = {"APGD-CE": 100, name: 5000}
+    left, gone = row(forward=passes), row("broken", "APGD-CE", forward={"APGD-CE": 9, name: 0})
 
-    def severity(broken: int, n: int = 1000, **other: Any) -> str | None:
-        rows = [row("broken", name, **other)] * broken + [row()] * (n - broken)
+    def severity(broken: int, n: int = 1000, easy: int = 0, **other: Any) -> str | None:
+        rows = [row("broken", name, **{"forward": passes, **other})] * broken + [left] * (n - broken) + [gone] * easy
         flag = flags_of(rows).get("black-box-beats-white-box")
-        assert flag is None or (flag.values["broken"] == broken and name in flag.says)
+        assert flag is None or (flag.values["broken"] == broken and name in flag.says and flag.values["left"] == n)
         return None if flag is None else flag.severity
 
     assert severity(2) is None
     assert severity(3) == "warning"
-    assert severity(10) == "warning"
-    assert severity(11) == "serious"
-    assert severity(1, 50) == "warning"
-    assert severity(2, 50) == "serious"
-    assert severity(11, backward={"APGD-CE": 19}) == "warning"  # a short search may lose honestly
-    assert severity(11, backward={"APGD-CE": 20}) == "serious"
-    assert severity(50, forward={name: 5000}, backward={}) is None  # nothing with gradients came before
-    assert severity(50, forward={"APGD-CE": 0, name: 5000}) is None
+    assert severity(18) == "warning"
+    assert severity(19) == "serious"
+    assert severity(3, 50) == "warning"
+    assert severity(4, 50) == "serious"
+    assert severity(1, 1) == severity(1, 10) == "warning"  # a single image is no reason to forbid a number
+    assert severity(2, 10) == "serious"
+    assert severity(3, 30, easy=970) == "serious"  # a tenth of the images left, though few of all
+    assert severity(2, 10, easy=9990) == "serious"
+    assert severity(1, 10, easy=9990) is None
+    assert severity(19, backward={"APGD-CE": 19}) == "warning"  # a short search may lose honestly
+    assert severity(19, backward={"APGD-CE": 20}) == "serious"
+    first = [row("broken", name, forward={name: 9, "APGD-CE": 0})] * 50
+    assert flags_of(first + [row(forward={name: 5000, "APGD-CE": 100})] * 950) == {}  # no gradients came before
+    assert flags_of([row("broken", name, forward={"APGD-CE": 0, name: 9})] * 50 + [left] * 950) == {}
+
+
+def test_images_that_a_later_attack_breaks_were_left_too() -> None:
+    """In AutoAttack-plus gradients go on after Square."""
+    order = {"APGD-CE": 100, "Square-5000": 5000, "APGD-T, 9 targets": 900}
+    later = [row("broken", "APGD-T, 9 targets", forward=order)] * 400
+    flag = flags_of([row("broken", "Square-5000", forward={**order, "APGD-T, 9 targets": 0})] * 8 + later)
+    assert flag["black-box-beats-white-box"].values["left"] == 408
+    assert not flag["black-box-beats-white-box"].serious
 
 
 def test_gradients_that_win_are_no_flag() -> None:

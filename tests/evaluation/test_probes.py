@@ -220,6 +220,9 @@ def test_edge_of_probabilities() -> None:
     assert severity(p * torch.tensor([[1.0], [0.9], [1.0], [0.8]])) == "warning"
     assert severity(3 * p * torch.tensor([[1.0], [0.9], [1.0], [0.8]])) is None
     assert severity(p - 0.01) is None
+    assert severity(50 * p + 1e6) is None  # logits with an offset: their sums are alike only beside it
+    assert severity(p + 2) is None
+    assert severity(1e-3 * p * torch.tensor([[1.0], [0.9], [1.0], [0.8]])) is None  # small logits are no sigmoid's
 
 
 def test_edge_of_pixels() -> None:
@@ -260,6 +263,41 @@ def test_edge_of_randomness() -> None:
 
     assert probes._randomised(subject(Drifts(0.5e-4), batch)) is None
     assert probes._randomised(subject(Drifts(2e-4), batch)) is not None
+
+
+def test_randomness_by_share_of_rows() -> None:
+    """Draws on one row of a hundred are a warning, on two too, on three serious: more than 2 %."""
+    batch = Batch(torch.rand(100, 1, 4, 4), torch.arange(100) % 3)
+
+    class Draws(nn.Module):
+        def __init__(self, rows: int) -> None:
+            super().__init__()
+            self.rows = rows
+
+        def forward(self, x: Tensor) -> Tensor:
+            drawn = torch.where((torch.arange(len(x)) < self.rows)[:, None], torch.randn(len(x), 3), 0.0)
+            return x.flatten(1)[:, :3] + drawn
+
+    for rows, severity in ((0, None), (1, "warning"), (2, "warning"), (3, "serious")):
+        one = subject(Draws(rows), batch)
+        flag = probes._randomised(one)
+        assert (None if flag is None else flag.severity) == severity
+        assert flag is None or flag.values["unstable"] == rows
+        assert one.randomised == (rows > 0)
+
+
+def test_randomness_is_looked_for_where_it_is(honest: nn.Module, images: Batch) -> None:
+    """Images alone show nothing of a network that draws for perturbed ones; where it is not sure, one step does."""
+    with torch.no_grad():
+        sure = honest(images.x).topk(2, dim=1).values.diff(dim=1)[:, 0] < -3
+    few = Batch(images.x[sure], images.y[sure])
+    for name, place in (("noise where tampered", "random points"), ("noise where unsure", "a step along")):
+        one = subject(ZOO[name].make(honest, few.x), few)
+        assert probes._repeated(one, few.x)[0] == 0
+        flag = probes._randomised(one)
+        assert flag is not None
+        assert flag.serious
+        assert place in flag.says
 
 
 def test_edge_of_batch_dependence(honest: nn.Module, images: Batch) -> None:

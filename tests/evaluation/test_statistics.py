@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
-from holdfast.evaluation.statistics import difference_interval, mcnemar, wilson_interval
+from holdfast.evaluation.statistics import binomial_tail, difference_interval, mcnemar, wilson_interval
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (1, 0), (0, 1), (3, 3), (5, 15), (15, 5), (0, 30), (120, 161), (7, 8)])
@@ -29,6 +29,24 @@ def test_mcnemar_of_very_many_pairs() -> None:
     """No underflow to zero or division by it where floats would give up."""
     assert mcnemar(4000, 6000) == pytest.approx(binomtest(4000, 10000).pvalue, rel=1e-9)
     assert 0 < mcnemar(0, 1000) == 2.0**-999
+
+
+@pytest.mark.parametrize("n", [1, 2, 50, 1000, 10000])
+@pytest.mark.parametrize("probability", [0.01, 0.5, 0.999])
+def test_binomial_tail(n: int, probability: float) -> None:
+    """Every tail of few trials, and those about the expected count and at both ends of many."""
+    centre = round(n * probability)
+    for k in {0, 1, max(0, centre - 9), centre, min(n, centre + 9), n}:
+        assert binomial_tail(k, n, probability) == pytest.approx(binom.sf(k - 1, n, probability), rel=1e-9, abs=1e-300)
+
+
+def test_binomial_tail_by_hand() -> None:
+    """Two of two, and at least one of three."""
+    assert binomial_tail(2, 2, 0.25) == pytest.approx(1 / 16, rel=1e-14)
+    assert binomial_tail(1, 3, 0.25) == pytest.approx(1 - 27 / 64, rel=1e-14)
+    for counts in ((3, 2, 0.5), (-1, 2, 0.5), (1, 2, 0.0), (1, 2, 1.0)):
+        with pytest.raises(ValueError, match=r"successes in|probability is"):
+            binomial_tail(*counts)
 
 
 def test_the_published_example_of_the_paired_interval() -> None:

@@ -9,7 +9,7 @@ from holdfast import distributed
 from holdfast.attacks.base import AttackWithMemory, InnerLoss, checked_statistics, draw_key, input_gradient
 from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch, Statistics, View
-from holdfast.functional import cross_entropy
+from holdfast.functional import correct, cross_entropy
 from holdfast.keyed_random import uniform
 from holdfast.schedule import Progress
 from holdfast.threat import ThreatModel
@@ -115,7 +115,7 @@ class ClassStartFGSM(AttackWithMemory):
         gradient, logits = input_gradient(view, x0, inner_loss)
         moved = x0 + threat.epsilon * gradient.sign()
         x_adv = threat.clamp(moved) if self.wide else threat.project(moved, x)
-        return Attacked(x_adv.detach(), (logits.argmax(1) == batch.y).long(), 1, {"adv_start": x0})
+        return Attacked(x_adv.detach(), correct(logits, batch.y).long(), 1, {"adv_start": x0})
 
     def start(self, patterns: Tensor, batch: Batch, threat: ThreatModel, progress: Progress) -> Tensor:
         """± δ0 of every image."""

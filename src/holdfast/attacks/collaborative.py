@@ -11,7 +11,7 @@ from holdfast.attacks.base import InnerLoss, checked_statistics, checked_step_si
 from holdfast.attacks.pgd import NORMAL_START
 from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch, Statistics, View
-from holdfast.functional import extremes, symmetric_kl
+from holdfast.functional import correct, extremes, symmetric_kl
 from holdfast.keyed_random import normal
 from holdfast.schedule import Progress, Scalar, value_at
 from holdfast.threat import ThreatModel
@@ -89,7 +89,7 @@ class CollaborativePGD:
         survived = torch.zeros_like(y)
         for _ in range(self.steps):
             points, gradients, logits = self.climb(view, (x, collaborative, adversarial), y)
-            survived += logits[2].argmax(1) == y
+            survived += correct(logits[2], y)
             adversarial, collaborative = (
                 threat.project(point + step_size * threat.steepest(gradient), x)
                 for point, gradient in zip(points, gradients, strict=True)

@@ -18,7 +18,7 @@ from holdfast.attacks.stepwise import (
     positive_counts,
     random_direction,
 )
-from holdfast.functional import logit_difference, margin
+from holdfast.functional import logit_difference, margin, misclassified
 from holdfast.keyed_random import Key
 from holdfast.threat import ThreatModel
 
@@ -103,7 +103,7 @@ class FAB(StepwiseAttack):
         point = state["point"]
         some = at_start.nonzero()[:, 0] if point.device.type == "cpu" else torch.arange(len(point), device=point.device)
         moved = point.index_copy(0, some, self._step(point[some], rows.take(some), _part(answer, some), threat))
-        wrong = answer.logits.argmax(1) != rows.y
+        wrong = misclassified(answer.logits, rows.y)
         returned = choose(wrong, rows.x + self.back * (point - rows.x), point)
         return {"point": choose(at_start, moved, returned), "linearises": ~at_start}
 

@@ -18,6 +18,7 @@ from holdfast.attacks.base import (
 )
 from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch, Statistics, View
+from holdfast.functional import correct
 from holdfast.keyed_random import Key, uniform
 from holdfast.schedule import Progress, Scalar, as_scalar, value_at
 from holdfast.threat import ThreatModel
@@ -109,7 +110,7 @@ class FGSM:
         gradient, logits = input_gradient(view, x0, inner_loss)
         moved = x0 + step_size * threat.steepest(gradient)
         x_adv = threat.project(moved, batch.x.detach()) if self.project else threat.clamp(moved)
-        return Attacked(x_adv.detach(), (logits.argmax(1) == batch.y).long(), 1, {"adv_start": x0})
+        return Attacked(x_adv.detach(), correct(logits, batch.y).long(), 1, {"adv_start": x0})
 
 
 def signs(key: Key, index: Tensor, like: Tensor) -> Tensor:

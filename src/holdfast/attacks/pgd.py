@@ -19,6 +19,7 @@ from holdfast.attacks.base import (
 )
 from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch, Statistics, View
+from holdfast.functional import correct, misclassified
 from holdfast.keyed_random import Key, normal
 from holdfast.schedule import Progress, Scalar, as_scalar, value_at
 from holdfast.threat import ThreatModel
@@ -128,7 +129,7 @@ class PGD:
     def _rank(self, view: View, batch: Batch, inner_loss: InnerLoss, found: Attacked) -> tuple[Tensor, Tensor]:
         """What restarts are compared by: whether the last point is misclassified (early stop only), then its loss."""
         logits = view(found.x_adv).logits
-        wrong = logits.argmax(1) != batch.y
+        wrong = misclassified(logits, batch.y)
         return wrong if self.early_stop is not None else torch.zeros_like(wrong), inner_loss(logits)
 
     def _start(self, x: Tensor, batch: Batch, threat: ThreatModel, key: Key) -> Tensor:
@@ -161,7 +162,7 @@ class PGD:
         for number in range(self.steps):
             if patience is None:
                 gradient, logits = input_gradient(view, x_adv, inner_loss)
-                survived += logits.argmax(1) == y
+                survived += correct(logits, y)
                 x_adv = stepped(x_adv, gradient, None, number)
                 continue
             active = (left >= 0).nonzero()[:, 0]
@@ -171,10 +172,10 @@ class PGD:
             rows = active if compact else torch.arange(len(y), device=y.device)
             loss = loss_of_rows(inner_loss, rows, len(y)) if compact else inner_loss
             gradient, logits = input_gradient(view, x_adv[rows], loss)
-            correct = torch.zeros_like(y, dtype=torch.bool).index_copy(0, rows, logits.argmax(1) == y[rows])
+            right = torch.zeros_like(y, dtype=torch.bool).index_copy(0, rows, correct(logits, y[rows]))
             running = left >= 0
-            survived += correct & running
-            left = torch.where(running & ~correct, left - 1, left)
+            survived += right & running
+            left = torch.where(running & ~right, left - 1, left)
             move = (left >= 0)[rows].view(-1, 1, 1, 1)
             following = stepped(x_adv[rows], gradient, rows, number)
             x_adv = x_adv.index_copy(0, rows, torch.where(move, following, x_adv[rows]))

@@ -16,6 +16,7 @@ from holdfast.attacks.base import (
 from holdfast.attacks.fgsm import signs
 from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch, Statistics, View
+from holdfast.functional import correct
 from holdfast.keyed_random import Key
 from holdfast.schedule import Progress, Scalar, as_scalar, value_at
 from holdfast.threat import ThreatModel
@@ -129,7 +130,7 @@ class PriorGuidedFGSM(AttackWithMemory):
             moment = value_at(self.momentum, progress) * moment + gradient / length
             moved = threat.project(x + prior + step_size * moment.sign(), x) - x
             self.remember(batch.rows, moved, moment, progress.epoch // self.reset_every)
-        return Attacked(x_adv.detach(), (logits.argmax(1) == batch.y).long(), 1, {"adv_prior": start})
+        return Attacked(x_adv.detach(), correct(logits, batch.y).long(), 1, {"adv_prior": start})
 
     @torch.no_grad()
     def remember(self, index: Tensor, prior: Tensor, moment: Tensor, period: int) -> None:

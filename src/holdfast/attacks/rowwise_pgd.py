@@ -10,6 +10,7 @@ from torch import Tensor
 
 from holdfast.attacks.base import InnerLoss, input_gradient, loss_of_rows, require_steepest
 from holdfast.forward import Attacked, Batch, View
+from holdfast.functional import correct
 from holdfast.keyed_random import Key
 from holdfast.threat import ThreatModel
 
@@ -78,7 +79,7 @@ def rowwise_pgd(
     for number in range(numbers[0] if numbers else 0):
         rows = order[: sum(steps_of_row > number for steps_of_row in numbers)]
         gradient, logits = input_gradient(view, x_adv[rows], loss_of_rows(inner_loss, rows, len(y)))
-        survived = survived.index_add(0, rows, (logits.argmax(1) == y[rows]).to(survived.dtype))
+        survived = survived.index_add(0, rows, correct(logits, y[rows]).to(survived.dtype))
         moved = x_adv[rows] + step_size[rows] * threat.steepest(gradient)
         x_adv = x_adv.index_copy(0, rows, threat.project(moved, x[rows], radius[rows]))
     return Attacked(x_adv.detach(), survived, numbers[0] if numbers else 0)

@@ -122,7 +122,8 @@ def _from_file(source: str, weights: str | None, data: str | None, image_size: i
     model = build(source, num_classes=found.num_classes, channels=found.channels, image_size=found.image_size)
     if weights is not None:
         load_weights(model, read_state(Path(weights)), Path(weights))
-    return Subject(model, found, {}, source)
+    model.eval()  # it was built here: nobody gave it in training mode
+    return Subject(model, found, {}, source if weights is None else f"{source} ({weights})")
 
 
 def read_state(file: Path) -> dict[str, Any]:

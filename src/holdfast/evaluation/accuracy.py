@@ -17,7 +17,7 @@ from holdfast.data.loader import to_pixels
 from holdfast.errors import HoldfastError
 from holdfast.evaluation.statistics import wilson_interval
 from holdfast.forward import Batch, View
-from holdfast.functional import cross_entropy
+from holdfast.functional import correct, cross_entropy
 from holdfast.keyed_random import Key, permutation
 from holdfast.schedule import Progress
 from holdfast.threat import ThreatModel
@@ -76,8 +76,8 @@ def describe_attack(attack: PGD | FGSM | None, threat: ThreatModel) -> str:
 
 @torch.no_grad()
 def correct_rows(view: View, batch: Batch) -> Tensor:
-    """Which rows the network classifies correctly, (B,) bool."""
-    return view(batch.x).logits.argmax(1) == batch.y
+    """Return which rows the network classifies correctly, (B,) bool; see `holdfast.functional.correct`."""
+    return correct(view(batch.x).logits, batch.y)
 
 
 def robust_rows(

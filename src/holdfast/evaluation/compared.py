@@ -212,10 +212,30 @@ def _common(first: Finished, second: Finished) -> list[tuple[Row, Row]]:
     return [(own[index], others[index]) for index in both]
 
 
-def _model(each: Finished) -> dict[str, Any]:
+def _model(each: Finished, label: str) -> dict[str, Any]:
     """What is said of one side."""
     names = {key: each.protocol[key] for key in ("model_name", "model", "seed", "n")}
-    return {"folder": str(each.folder), **names, "serious_flags": serious(each.flags)}
+    return {"label": label, "folder": str(each.folder), **names, "serious_flags": serious(each.flags)}
+
+
+def _labels(first: Finished, second: Finished) -> tuple[str, str]:
+    """Return the models' names, with the first thing that differs where these are alike.
+
+    That is the hash of their weights; for one model the seed or n, which stand beside the name anyway; else the folder.
+    """
+    sides = (first, second)
+    names = [str(each.protocol["model_name"]) for each in sides]
+    if names[0] != names[1]:
+        return names[0], names[1]
+    hashes = [str(each.protocol["model"]) for each in sides]
+    if hashes[0] != hashes[1]:
+        alike = next((k for k, (a, b) in enumerate(zip(*hashes, strict=False)) if a != b), 0)
+        more = [f", weights {digest[: max(8, alike + 1)]}" for digest in hashes]
+    elif any(first.protocol[key] != second.protocol[key] for key in ("seed", "n")):
+        more = ["", ""]
+    else:
+        more = [f", in {each.folder}" for each in sides]
+    return names[0] + more[0], names[1] + more[1]
 
 
 def compare(first: Finished, second: Finished) -> dict[str, Any]:
@@ -235,6 +255,7 @@ def compare(first: Finished, second: Finished) -> dict[str, Any]:
     stages = [(standing(a, attacks), standing(b, attacks)) for a, b in rows]
     after = [paired([a > k for a, _ in stages], [b > k for _, b in stages]) for k in range(len(attacks) + 1)]
     same = first.protocol["model"] == second.protocol["model"]
+    labels = _labels(first, second)
     differing = [
         {"index": a["index"], "a": a["verdict"], "b": b["verdict"], "attack_a": a["attack"], "attack_b": b["attack"]}
         for a, b in rows
@@ -244,8 +265,8 @@ def compare(first: Finished, second: Finished) -> dict[str, Any]:
         "n": len(rows),
         "attack": f"{first.protocol['attack']}, {threat_in_words(first.protocol)}",
         **{key: first.protocol[key] for key in ("threat", "epsilon", "data", "data_name")},
-        "a": _model(first),
-        "b": _model(second),
+        "a": _model(first, labels[0]),
+        "b": _model(second, labels[1]),
         "clean": after[0],
         "robust": after[-1],
         "attacks": [{"attack": attack, **found} for attack, found in zip(attacks, after[1:], strict=True)],
@@ -258,8 +279,8 @@ def in_words(found: Mapping[str, Any]) -> str:
     """The comparison as text: what was compared, the table, and what may be said of it."""
     n, a, b = found["n"], found["a"], found["b"]
     lines = [
-        f"A  {a['model_name']}, seed {a['seed']}, n = {a['n']}",
-        f"B  {b['model_name']}, seed {b['seed']}, n = {b['n']}",
+        f"A  {a['label']}, seed {a['seed']}, n = {a['n']}",
+        f"B  {b['label']}, seed {b['seed']}, n = {b['n']}",
         f"on the same {n} images of {found['data_name']} under {found['attack']}",
         "",
         _table(found),

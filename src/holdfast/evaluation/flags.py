@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from holdfast.errors import HoldfastError, unknown_name
-from holdfast.evaluation.statistics import wilson_interval
+from holdfast.evaluation.statistics import binomial_tail, wilson_interval
 from holdfast.threat import ThreatModel
 
 Severity = Literal["warning", "serious"]
@@ -39,6 +39,8 @@ FLAGS: dict[str, str] = {
 
 BLACK_BOX = ("square", "uniform noise", "transfer from")
 SQUARE_SHARE = 0.002  # of all images: the reference's own limit for Square
+LEFT_SHARE = 0.01  # of the images that gradients left: what a black-box attack may break of them by chance
+SIGNIFICANT = 0.01
 SERIOUS_SHARE = 0.01
 LONG_SEARCH = 20  # backward passes: a shorter search may lose to random search honestly
 HALF_WIDTH = 0.05
@@ -140,29 +142,41 @@ def is_black_box(attack: str) -> bool:
 
 def _black_box(rows: Sequence[Mapping[str, Any]]) -> Flag | None:
     """Images that gradients left and something else broke."""
-    broken, searched, by = 0, [], []
+    left, broken, searched, by = 0, 0, 0, set()
     for row in rows:
-        attack = row["attack"]
-        if row["verdict"] != "broken" or attack is None or not is_black_box(attack):
+        before = _gradients_before(row)
+        if not before:  # broken or wrong by then; or a black-box attack that came first, which shows nothing
             continue
-        before = [name for name, passes in row["forward"].items() if passes > 0 and not is_black_box(name)]
-        if before:  # a black-box attack that came first shows nothing
+        left += 1
+        if row["verdict"] == "broken" and row["attack"] is not None and is_black_box(row["attack"]):
             broken += 1
-            searched.append(sum(row["backward"].get(name, 0) for name in before))
-            by.append(attack)
-    share = broken / max(1, len(rows))
-    if share <= SQUARE_SHARE:
+            searched += sum(row["backward"].get(name, 0) for name in before)
+            by.add(row["attack"])
+    if broken == 0:
         return None
-    passes = sum(searched) / broken
-    long = passes >= LONG_SEARCH
-    names = " and ".join(sorted(set(by)))
+    share, chance, passes = broken / len(rows), binomial_tail(broken, left, LEFT_SHARE), searched / broken
+    serious = chance < SIGNIFICANT and passes >= LONG_SEARCH
+    if not serious and share <= SQUARE_SHARE:
+        return None
+    names = " and ".join(sorted(by))
     return Flag(
         "black-box-beats-white-box",
-        f"{names} broke {broken} of {len(rows)} images ({share:.1%}) that attacks with gradients had left after"
-        f" {passes:.0f} backward passes each",
-        "serious" if broken > 1 and share > SERIOUS_SHARE and long else "warning",
-        {"broken": broken, "n": len(rows), "share": share, "backward_passes": passes},
+        f"{names} broke {broken} of the {left} images that attacks with gradients had left after {passes:.0f} backward"
+        f" passes each ({share:.1%} of all {len(rows)})",
+        "serious" if serious else "warning",
+        {"broken": broken, "left": left, "p": chance, "n": len(rows), "share": share, "backward_passes": passes},
     )
+
+
+def _gradients_before(row: Mapping[str, Any]) -> list[str]:
+    """The attacks with gradients that had searched an image in vain before the first black-box attack did."""
+    before: list[str] = []
+    for name, passes in row["forward"].items():  # in the order of the protocol
+        if passes > 0 and is_black_box(name):
+            return before
+        if passes > 0:
+            before.append(name)
+    return []
 
 
 def _restarts(rows: Sequence[Mapping[str, Any]]) -> Flag | None:

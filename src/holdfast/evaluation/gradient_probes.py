@@ -22,6 +22,7 @@ SMALL_STEP = 0.1  # of epsilon
 FALL = 0.01  # of the growth of the mean loss
 STEEP_FALL = 0.1
 ONE_STEP_SHARE = 0.01  # of the images
+TINY = torch.finfo(torch.float32).tiny
 
 
 def _first_look(probed: ProbedModel) -> list[Flag]:
@@ -41,7 +42,7 @@ def _first_look(probed: ProbedModel) -> list[Flag]:
     if found is None:
         says = f"no gradient with respect to the pixels can be taken: {probed.reason}"
         return [*flags, Flag("no-gradients", says, "serious", {"n": n})]
-    logits, (of_margin, of_entropy) = found
+    logits, (of_margin, of_entropy) = finite(found[0]), found[1]
     zero = (finite(of_margin) == 0).flatten(1).all(1)
     if bool(zero.any()):
         severity = "serious" if count(zero) >= FEW * n else "warning"
@@ -71,9 +72,9 @@ def _along(probed: ProbedModel) -> list[Flag]:
     found = probed.gradients(point, probed.loss)
     if found is None:
         return []
-    logits, gradient = found[0], finite(found[1][0])
+    logits, gradient = finite(found[0]), finite(found[1][0])
     start = probed.loss(logits)
-    floor = ROUNDING * logits.abs().amax(1).clamp_min(1e-30)
+    floor = ROUNDING * logits.abs().amax(1)
     alive = (gradient != 0).flatten(1).any(1)
     uphill = direction(gradient, point, probed.threat)
     return [*_vanishing(probed, point, gradient, start, floor, uphill, alive),
@@ -111,7 +112,7 @@ def _vanishing(
             move = threat.clamp(point + radius * threat.steepest(noise)) - point
         change = _change(probed, point, start, move).abs()
         measured = change > floor
-        ratio = torch.where(measured, torch.maximum(ratio, change / predicted.clamp_min(1e-30)), ratio)
+        ratio = torch.where(measured, torch.maximum(ratio, change / predicted.clamp_min(TINY)), ratio)
     gone = alive & (ratio > VANISHED)
     n = len(gone)
     if count(gone) < SOME * n:
@@ -219,7 +220,7 @@ def _monotone(clean: float, means: dict[float, float]) -> Flag | None:
     losses = list(means.values())
     growth = max(losses) - clean
     fall = max(before - after for before, after in pairwise(losses))
-    nothing = growth <= 1e-6 * max(abs(clean), 1e-6)
+    nothing = growth <= 1e-6 * abs(clean)
     if not nothing and fall <= FALL * growth:
         return None
     path = ", ".join(f"{loss:.4g} at {radius:.3g}" for radius, loss in means.items())

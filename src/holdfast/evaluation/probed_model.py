@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.forward import View
-from holdfast.functional import margin
+from holdfast.functional import margin, misclassified
 from holdfast.keyed_random import Key
 from holdfast.threat import ThreatModel
 
@@ -64,7 +64,8 @@ class ProbedModel:
     @property
     def correct(self) -> Tensor:
         """Which images are classified correctly, (n,) bool."""
-        return self.clean.argmax(1) == self.y
+        assert self.outputs is not None  # written by probed_model
+        return ~misclassified(self.outputs, self.y)
 
     @property
     def random_point(self) -> Tensor:
@@ -76,11 +77,12 @@ class ProbedModel:
         return -margin(logits, self.y)
 
     def gradients(self, x: Tensor, *losses: Loss) -> tuple[Tensor, list[Tensor]] | None:
-        """Logits, and the gradient of every loss with respect to the pixels; None where there is none."""
+        """Logits as they came, and the gradient of every loss with respect to the pixels; None where there is none."""
         try:
             with torch.enable_grad():
                 point = x.detach().clone().requires_grad_(True)
-                logits = finite(self.view(point.to(self.dtype)).logits.to(x.dtype))
+                outputs = self.view(point.to(self.dtype)).logits.to(x.dtype)
+                logits = finite(outputs)
                 if not logits.requires_grad:
                     self.reason = "the logits carry no graph"
                     return None
@@ -96,7 +98,7 @@ class ProbedModel:
         if any(gradient is None for gradient in found):
             self.reason = "the graph does not reach the pixels"
             return None
-        return logits.detach(), found
+        return outputs.detach(), found
 
     def ascend(self, radius: float, steps: int, share: float = 0.25) -> tuple[Tensor, Tensor]:
         """A short PGD from the image: the largest loss of all points, and whether one of them was misclassified.
@@ -108,8 +110,9 @@ class ProbedModel:
         best = self.loss(self.clean)
         for number in range(steps + 1):
             found = self.gradients(point, self.loss) if number < steps else None
-            logits = self.logits(point) if found is None else found[0]
-            best, broken = torch.maximum(best, self.loss(logits)), broken | (logits.argmax(1) != self.y)
+            outputs = self.raw(point) if found is None else found[0]
+            best = torch.maximum(best, self.loss(finite(outputs)))
+            broken = broken | misclassified(outputs, self.y)
             if found is None:
                 break
             move = share * radius * direction(finite(found[1][0]), point, self.threat)
@@ -174,8 +177,10 @@ def finite(tensor: Tensor) -> Tensor:
 
 
 def unit(logits: Tensor) -> Tensor:
-    """Rows divided by their length."""
-    return logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    """Rows divided by their length, whatever their scale: squares of 1e-25 or 1e30 do not fit float32."""
+    largest = logits.abs().amax(1, keepdim=True)
+    scaled = logits / torch.where(largest > 0, largest, 1.0)
+    return scaled / scaled.norm(dim=1, keepdim=True).clamp_min(0.5)  # at least 1, but for a row of zeros
 
 
 def count(rows: Tensor) -> int:

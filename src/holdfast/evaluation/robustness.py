@@ -159,7 +159,7 @@ class Plan:
         some = permutation(key.fold("images"), len(self.inputs.y))[:PROBED].sort().values
         x, y, index = self.inputs.part(some)
         torch.manual_seed(key.torch_seed)
-        raised = probes.probe(self.model, x, y, self.threat, key=key, index=index)
+        raised = probes.probe(self.model, x, y, self.threat, key=key, index=index, attacks=self.protocol.attacks)
         distributed.barrier()  # by now all have looked whether the file is there
         with distributed.refused_together():
             if file is not None and distributed.rank() == 0:

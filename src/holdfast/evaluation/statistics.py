@@ -35,6 +35,40 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
+def binomial_tail(successes: int, n: int, probability: float) -> float:
+    r"""Return the exact probability of at least so many successes: the p-value of the one-sided binomial test.
+
+    .. math:: P(X \ge k) = \sum_{i=k}^{n} \binom{n}{i} q^i (1 - q)^{n - i}
+
+    It tests the hypothesis that a success has the probability q at most: a small value speaks against it.
+
+    Args:
+        successes: k; with 0 the result is 1.
+        n: Trials.
+        probability: q, inside (0, 1).
+
+    Raises:
+        ValueError: counts or the probability are out of range.
+
+    Example:
+        >>> round(binomial_tail(3, 50, 0.01), 5), binomial_tail(0, 0, 0.01)
+        (0.01382, 1.0)
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes in {n} trials: successes lie between 0 and n")
+    if not 0 < probability < 1:
+        raise ValueError(f"probability is {probability}: give a number between 0 and 1")
+    if successes == 0:
+        return 1.0
+    log, log_not = math.log(probability), math.log1p(-probability)
+    ways = math.lgamma(n + 1)
+    terms = (
+        math.exp(ways - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * log + (n - i) * log_not)
+        for i in range(successes, n + 1)
+    )
+    return min(1.0, math.fsum(terms))
+
+
 def mcnemar(b: int, c: int) -> float:
     r"""Exact two-sided p-value of McNemar's test: do two classifiers, judged on the same images, err equally often?
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from holdfast.attacks.stepwise import StepwiseAttack
 from holdfast.evaluation.networks import Deciding
-from holdfast.functional import margin, misclassified
+from holdfast.functional import correct, margin
 from holdfast.threat import TOLERANCE
 
 BORDERLINE = 1e-3  # of the largest logit: a margin that another batch size or another machine may turn
@@ -61,7 +61,7 @@ class Unit:
     @property
     def correct(self) -> Tensor:
         """Which images are classified correctly without an attack, (U,) bool."""
-        return ~misclassified(self.clean_logits, self.y)
+        return correct(self.clean_logits, self.y)
 
     def begin(self) -> None:
         """A new attack begins: count its passes from zero."""
@@ -101,12 +101,12 @@ def rows_of(
         epsilon: The radius within which an example breaks an image.
     """
     again = deciding(unit.example, batch_size=max(1, deciding.batch_size // 3))
-    held = ~misclassified(again, unit.y)
+    held = correct(again, unit.y)
     expected = unit.correct & unit.distance.isinf()
-    scale = unit.clean_logits.abs().amax(1).clamp_min(1e-30)
+    scale = unit.clean_logits.abs().amax(1).clamp_min(torch.finfo(unit.clean_logits.dtype).tiny)
     unstable = (held != expected) | (unit.margin.abs() < BORDERLINE * scale)
     clean_margin = margin(unit.clean_logits, unit.y).tolist()
-    clean, correct = unit.clean_logits.argmax(1).tolist(), unit.correct.tolist()
+    clean, right = unit.clean_logits.argmax(1).tolist(), unit.correct.tolist()
     columns = {
         name: getattr(unit, name).tolist()
         for name in ("y", "index", "broken_by", "target", "restart", "prediction", "distance", "margin", "verified")
@@ -118,7 +118,7 @@ def rows_of(
     for place in range(len(unit.y)):
         one = {name: values[place] for name, values in columns.items()}
         broken = one["distance"] <= epsilon + TOLERANCE
-        verdict = BROKEN if broken else (ROBUST if correct[place] else WRONG)
+        verdict = BROKEN if broken else (ROBUST if right[place] else WRONG)
         before = unit.carried.get(place)
         by = names[one["broken_by"]] if one["broken_by"] >= 0 else None if before is None else before["attack"]
         rows.append(

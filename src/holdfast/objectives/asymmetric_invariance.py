@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.forward import Batch, Forward, View
-from holdfast.functional import cross_entropy, kl
+from holdfast.functional import correct, cross_entropy, kl
 from holdfast.models.taps import last_stage
 from holdfast.objectives.base import Measurement, Objective, require_word
 from holdfast.objectives.predictor import Predictor, check_ratio, pooled_feature
@@ -23,7 +23,7 @@ def clean_accuracy(view: View, batches: Iterable[Batch]) -> float:
     """Share of the images that the view classifies correctly."""
     right = total = 0
     for batch in batches:
-        right += int((view(batch.x).logits.argmax(1) == batch.y).sum())
+        right += int(correct(view(batch.x).logits, batch.y).sum())
         total += len(batch.y)
     return right / max(1, total)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.forward import Forward
+from holdfast.functional import correct
 from holdfast.objectives.base import Objective, require_word
 from holdfast.objectives.mart import MART
 from holdfast.schedule import Progress, Scalar, as_scalar, value_at
@@ -82,7 +83,7 @@ class FisherRaoMART(Objective):
         if not first and not last:
             return terms
         clean, adv, y = f.outputs["clean"].logits, f.outputs["adv"].logits, f.batch.y
-        right = (clean.argmax(1) == y).to(clean.dtype)
+        right = correct(clean, y).to(clean.dtype)
         wrong = 1 - right
         spread = _mean_over(right, self.spread(clean, y)) - _mean_over(wrong, self.spread(clean, y))
         spread = value_at(self.strength, f.progress) * (spread if first else -spread)

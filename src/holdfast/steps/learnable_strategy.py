@@ -12,7 +12,7 @@ from holdfast import distributed
 from holdfast.attacks.pgd import PGD
 from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch, View, Views
-from holdfast.functional import cross_entropy
+from holdfast.functional import correct, cross_entropy
 from holdfast.models.classifier import require_at_least
 from holdfast.objectives.base import Objective
 from holdfast.recipe import Recipe
@@ -262,7 +262,7 @@ class LearnableStrategyStep(AdversarialStep):
         found = self.settings.look_ahead(
             ahead, batch, lambda logits: cross_entropy(logits, labels), threat=threat, progress=elsewhere
         )
-        right = [ahead(images).logits.argmax(1) == batch.y for images in (found.x_adv, batch.x)]
+        right = [correct(ahead(images).logits, batch.y) for images in (found.x_adv, batch.x)]
         return self.mean_over_all([harm, *right])
 
     def mean_over_all(self, quantities: Sequence[Tensor]) -> Tensor:
