@@ -148,7 +148,8 @@ class View:
         if training and kept is None:
             kept = kept_in_evaluation(self.model)
         taps = tapped(self.model, self.taps) if self.taps else nullcontext({})
-        with running(self.model, self.branch, training=training, in_evaluation=kept or ()), taps as features:
+        mode = running(self.model, self.branch, training=training, in_evaluation=kept or ())
+        with mode, _no_casts_without_gradient(), taps as features:
             if not copies_input(self.model):  # it may write into them: into an attack's point, or the caller's images
                 x = x.clone()
             logits = self.model(x) if state is None else torch.func.functional_call(self.model, dict(state), (x,))
@@ -182,6 +183,21 @@ class View:
 
 Views = Mapping[str, View]
 """Views by side: "clean", "adv", and what a method adds ("guide", "collaborative", "adv_unperturbed")."""
+
+
+@contextmanager
+def _no_casts_without_gradient() -> Iterator[None]:
+    """Keep autocast from remembering weights that are cast while no gradient is taken.
+
+    A later forward of the same step would use them, and its weights get no gradient: on a CPU so it is in torch's
+    transformer layers.
+    """
+    remember = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(remember and torch.is_grad_enabled())
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(remember)
 
 
 @contextmanager

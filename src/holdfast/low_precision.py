@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from holdfast import distributed
 from holdfast.forward import View
 
 _CAST_BY_AUTOCAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -20,10 +21,11 @@ def weights_cast_once(view: View, x: Tensor, dtype: torch.dtype = torch.bfloat16
     with and without gradients: where it raises or answers differently with weights that were cast before, none is
     named. Left to autocast, weights give the same numbers, a little slower.
 
-    Neither the model nor its buffers, flags or random state are changed.
+    Neither the model nor its buffers, flags or torch's random state are changed.
 
     Args:
-        view: How the network is run.
+        view: How the network is run. Under the statistics of the batch nothing is named where several processes train:
+            a network that waits for the others could wait for ever.
         x: A few images, at least two where BatchNorm runs by the statistics of the batch.
         dtype: The low precision.
     Shapes:
@@ -34,7 +36,7 @@ def weights_cast_once(view: View, x: Tensor, dtype: torch.dtype = torch.bfloat16
         ['1.bias', '1.weight']
     """
     names = _candidates(view.model)
-    if not names or len(x) == 0:
+    if not names or len(x) == 0 or (distributed.active() and view.statistics != "eval"):
         return frozenset()
     quiet = replace(view, statistics="eval" if view.statistics == "eval" else "batch", cast_once=frozenset())
     buffers = {name: buffer.clone() for name, buffer in view.model.named_buffers()}

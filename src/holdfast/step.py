@@ -271,7 +271,16 @@ class AdversarialStep(nn.Module):
         return {"loss": torch.stack(list(means.values())).sum(), **means}
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """One optimiser over all trained parameters: the classifier's, the objective's and the further networks'."""
+        """One optimiser over all trained parameters: the classifier's, the objective's and the further networks'.
+
+        Raises:
+            HoldfastError: the classifier has none.
+        """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise HoldfastError(
+                "all parameters of the model are frozen (requires_grad=False), so nothing would be trained: unfreeze"
+                " some, for example model.requires_grad_(True)"
+            )
         settings: SGD = self.recipe.optimizer
         start = Progress(epochs=self.recipe.epochs)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
