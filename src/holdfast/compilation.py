@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from holdfast.errors import unknown_name
 
@@ -26,7 +26,8 @@ def compile_in_place(model: nn.Module, backend: str = "inductor") -> None:
 
     `nn.Module.compile` does the same, but silently compiles nothing where the outermost module is one of torch's own
     containers (an `nn.Sequential`, for example), because torch's files are not traced as the outermost frame. Here the
-    outermost frame is ours.
+    outermost frame is ours. The network is given a copy of its input there, into which it may write: inside the graph
+    the copy is optimised away where nothing is written, and what enters the graph stays what the caller made, a leaf.
 
     Args:
         model: Changed in place.
@@ -47,6 +48,13 @@ def compile_in_place(model: nn.Module, backend: str = "inductor") -> None:
     call = model._call_impl
 
     def outermost(*arguments: Any, **keywords: Any) -> Any:
-        return call(*arguments, **keywords)
+        return call(*(each.clone() if isinstance(each, Tensor) else each for each in arguments), **keywords)
 
-    model._compiled_call_impl = torch.compile(outermost, backend=backend)  # type: ignore[assignment]  # what Module.compile sets
+    compiled = torch.compile(outermost, backend=backend)
+    compiled.copies_input = True  # type: ignore[attr-defined]  # a function; `copies_input` below reads it
+    model._compiled_call_impl = compiled  # type: ignore[assignment]  # what Module.compile sets
+
+
+def copies_input(model: nn.Module) -> bool:
+    """Return whether the network was compiled by `compile_in_place`, so that it never writes into what it is given."""
+    return getattr(model._compiled_call_impl, "copies_input", False)

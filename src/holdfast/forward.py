@@ -7,7 +7,7 @@ come, and leave residue when something raises.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -15,11 +15,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from holdfast.compilation import copies_input
 from holdfast.errors import HoldfastError
+from holdfast.models.modes import kept_in_evaluation
 from holdfast.models.taps import tapped
 from holdfast.schedule import Progress
-
-_CAST_BY_AUTOCAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 Statistics = Literal["eval", "batch", "batch_tracked"]
 STATISTICS: tuple[Statistics, ...] = ("eval", "batch", "batch_tracked")
@@ -112,9 +112,12 @@ class View:
             ones alone; ``"batch_tracked"`` by those of the batch, moving the running ones (training mode). Dropout
             is off in ``"eval"`` only.
         taps: Names of modules whose outputs are wanted as features.
+        in_evaluation: Names of modules that stay in evaluation mode under every statistics (frozen BatchNorm); None:
+            those that `holdfast.models.modes.kept_in_evaluation` finds when the view is run.
+        cast_once: Names of weights that `detached` casts under autocast; see `holdfast.low_precision`.
 
     Shapes:
-        x: (B, C, H, W) in [0, 1]. Logits: (B, K).
+        x: (B, C, H, W) in [0, 1]; never changed, though a network may write into what it is given. Logits: (B, K).
     Raises:
         HoldfastError: the model has no such branch, does not return a (B, K) tensor, or has no module of a tap's name.
 
@@ -129,6 +132,8 @@ class View:
     branch: str = "main"
     statistics: Statistics = "eval"
     taps: Sequence[str] = ()
+    in_evaluation: frozenset[str] | None = None
+    cast_once: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.statistics not in STATISTICS:
@@ -139,8 +144,14 @@ class View:
         if self.statistics == "batch":  # tracking writes into copies that are dropped
             copies = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
             state = {**copies, **{n: t.clone() if n in copies else t for n, t in (state or {}).items()}}
+        training, kept = self.statistics != "eval", self.in_evaluation
+        if training and kept is None:
+            kept = kept_in_evaluation(self.model)
         taps = tapped(self.model, self.taps) if self.taps else nullcontext({})
-        with running(self.model, self.branch, training=self.statistics != "eval"), taps as features:
+        mode = running(self.model, self.branch, training=training, in_evaluation=kept or ())
+        with mode, _no_casts_without_gradient(), taps as features:
+            if not copies_input(self.model):  # it may write into them: into an attack's point, or the caller's images
+                x = x.clone()
             logits = self.model(x) if state is None else torch.func.functional_call(self.model, dict(state), (x,))
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -154,20 +165,15 @@ class View:
     def detached(self) -> View:
         """The same view with weights that no gradient reaches: what an attack runs on.
 
-        Under autocast the weights of convolutions and linear layers are cast here, once for all steps of the attack:
-        autocast keeps no copies of weights without gradient and would cast them at every forward.
+        Under autocast the weights named by `cast_once` are cast here, once for all steps of the attack: autocast keeps
+        no copies of weights without gradient and would cast them at every forward, to the same numbers.
         """
         state = {name: parameter.detach() for name, parameter in self.model.named_parameters()}  # tied ones once
         state.update({name: tensor.detach() for name, tensor in (self.state or {}).items()})
         device = next(iter(state.values())).device.type if state else "cpu"
-        if torch.is_autocast_enabled(device):
+        if self.cast_once and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            tied = _tied_names(self.model)  # may be read elsewhere in another type: left to autocast
-            for prefix, module in self.model.named_modules():
-                if type(module) in _CAST_BY_AUTOCAST:
-                    for name, _ in module.named_parameters(prefix, recurse=False):
-                        if name in state and name not in tied:
-                            state[name] = state[name].to(dtype)
+            state.update({name: tensor.to(dtype) for name, tensor in state.items() if name in self.cast_once})
         return replace(self, state=state)
 
     def running(self, statistics: Statistics) -> View:
@@ -179,21 +185,34 @@ Views = Mapping[str, View]
 """Views by side: "clean", "adv", and what a method adds ("guide", "collaborative", "adv_unperturbed")."""
 
 
-def _tied_names(model: nn.Module) -> set[str]:
-    """Names of parameters that the model holds under more than one name."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name for group in names.values() if len(group) > 1 for name in group}
+@contextmanager
+def _no_casts_without_gradient() -> Iterator[None]:
+    """Keep autocast from remembering weights that are cast while no gradient is taken.
+
+    A later forward of the same step would use them, and its weights get no gradient: on a CPU so it is in torch's
+    transformer layers.
+    """
+    remember = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(remember and torch.is_grad_enabled())
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(remember)
 
 
 @contextmanager
-def running(model: nn.Module, branch: str, *, training: bool | None = None) -> Iterator[None]:
-    """Set branch and mode (None: as it is) for one forward, and put every module back, after an exception too."""
+def running(
+    model: nn.Module, branch: str, *, training: bool | None = None, in_evaluation: Collection[str] = ()
+) -> Iterator[None]:
+    """Set branch and mode (None: as it is) for one forward, and put every module back, after an exception too.
+
+    The modules named by `in_evaluation` are in evaluation mode in training, too.
+    """
     switched: list[nn.Module] = []
     branched: list[tuple[nn.Module, str]] = []
-    for module in model.modules():
-        if training is not None and module.training != training:
+    named = model.named_modules() if in_evaluation else (("", module) for module in model.modules())
+    for name, module in named:
+        if training is not None and module.training != (training and name not in in_evaluation):
             switched.append(module)
         if hasattr(module, "active_branch"):
             known: Sequence[str] = getattr(module, "branch_names", (branch,))

@@ -41,7 +41,8 @@ def reestimate(loop: Loop, average: Average, progress: Progress) -> None:
 
     wanted = average.reestimate_images
     steps = len(loop.loader) if wanted is None else math.ceil(wanted / loop.loader.batch_size)
-    reestimate_statistics(model, itertools.islice(loop.loader.batches(loop.epoch), steps), images)
+    kept = getattr(loop.step, "in_evaluation", {}).get("", frozenset())
+    reestimate_statistics(model, itertools.islice(loop.loader.batches(loop.epoch), steps), images, frozen=kept)
     for name, buffer in model.named_buffers():
         if name in state:  # what a model does not save is not re-estimated
             state[name].copy_(buffer)

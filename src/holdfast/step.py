@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from holdfast.errors import HoldfastError, NonFiniteLoss
 from holdfast.forward import Attacked, Batch, Forward, Outputs, Statistics, View, Views
 from holdfast.functional import cross_entropy, smooth_labels
 from holdfast.keyed_random import uniform
+from holdfast.low_precision import weights_cast_once
+from holdfast.models.modes import kept_in_evaluation, with_added
 from holdfast.objectives.base import Objective
 from holdfast.objectives.standard import StandardTraining
 from holdfast.recipe import SGD, Recipe
@@ -38,8 +40,9 @@ class AdversarialStep(nn.Module):
     """Attack, views, outer forwards, objective, mean: one step of any recipe, compiled and distributed as one module.
 
     A step changes no parameter. Its attack and searches run on detached weights and leave BatchNorm's running
-    statistics alone unless the recipe asks otherwise. Models that draw (dropout) do so from a generator forked and
-    seeded by (seed, step); the caller's random state is as before.
+    statistics alone unless the recipe asks otherwise. Frozen layers, and what the model's own `train()` leaves in
+    evaluation mode when the step is made, stay in it: see `holdfast.models.modes.kept_in_evaluation`. Models that draw
+    (dropout) do so from a generator forked and seeded by (seed, step); the caller's random state is as before.
 
     Args:
         recipe: The method.
@@ -85,8 +88,12 @@ class AdversarialStep(nn.Module):
             )
         self.precision = precision
         self.check_finite = check_finite
+        kept = {name: kept_in_evaluation(network) for name, network in (("", model), *self.networks.items())}
+        before = {name for name, _ in model.named_modules()}
         for transform in self.view_transforms:
             transform.prepare(model)
+        self.in_evaluation = {**kept, "": with_added(kept[""], before, model)}  # by network, the classifier's under ""
+        self.cast_once: frozenset[str] | None = None  # unknown before the first attack
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         if self.check_finite and not (distributed.active() and len(batch.y) == 0):  # a process may get no rows
@@ -126,6 +133,11 @@ class AdversarialStep(nn.Module):
         """The classifier's outputs for one image of the batch, for their shape."""
         return View(self.model)(batch.x[:1])
 
+    def view(self, model: nn.Module | None = None, **how: Any) -> View:
+        """A view of the classifier, or of a copy of it, as the step runs it."""
+        model = self.model if model is None else model
+        return View(model, in_evaluation=self.in_evaluation[""], cast_once=self.cast_once or frozenset(), **how)
+
     def smoothed(self, batch: Batch, outputs: Mapping[str, Outputs]) -> Batch:
         """The batch with the recipe's soft labels, where whoever made the batch has not given any."""
         if not self.recipe.label_smoothing or batch.target is not None:
@@ -146,7 +158,10 @@ class AdversarialStep(nn.Module):
         """
         if self.attack is None:
             raise HoldfastError(f"recipe {self.recipe.name!r} reads an attacked side: give it an attack")
-        view = View(self.model if model is None else model, statistics=self.attack.statistics)
+        view = self.view(model, statistics=self.attack.statistics)
+        if self.cast_once is None and torch.is_autocast_enabled(batch.x.device.type) and len(batch.x):
+            self.cast_once = weights_cast_once(view, batch.x[:2])
+            view = replace(view, cast_once=self.cast_once)
         radius = self.recipe.radius(progress)
         threat = self.recipe.threat if radius is None else self.recipe.threat.with_epsilon(radius)
 
@@ -188,7 +203,8 @@ class AdversarialStep(nn.Module):
                 trained = any(parameter.requires_grad for parameter in network.parameters())
                 if not trained or side in objective.detached_sides:
                     statistics = "eval"  # it stands still
-            views[side] = View(network, branch=branch, statistics=statistics, taps=taps)
+            kept = self.in_evaluation[side if side in self.networks else ""]
+            views[side] = View(network, branch=branch, statistics=statistics, taps=taps, in_evaluation=kept)
         return views
 
     def run(
@@ -255,7 +271,16 @@ class AdversarialStep(nn.Module):
         return {"loss": torch.stack(list(means.values())).sum(), **means}
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """One optimiser over all trained parameters: the classifier's, the objective's and the further networks'."""
+        """One optimiser over all trained parameters: the classifier's, the objective's and the further networks'.
+
+        Raises:
+            HoldfastError: the classifier has none.
+        """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise HoldfastError(
+                "all parameters of the model are frozen (requires_grad=False), so nothing would be trained: unfreeze"
+                " some, for example model.requires_grad_(True)"
+            )
         settings: SGD = self.recipe.optimizer
         start = Progress(epochs=self.recipe.epochs)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]

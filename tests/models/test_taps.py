@@ -47,7 +47,7 @@ def test_features_are_the_ones_that_make_the_logits() -> None:
     model = ResNet18(10, width=4).double().eval()
     with tapped(model, ["avgpool", "fc"]) as features:
         logits = model(torch.rand(2, 3, 16, 16, dtype=torch.float64))
-    assert features["fc"] is logits
+    assert torch.equal(features["fc"], logits)
     assert torch.equal(model.fc(features["avgpool"].flatten(1)), logits)
 
 

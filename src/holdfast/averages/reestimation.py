@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,11 @@ from holdfast.forward import Batch, running
 
 @torch.no_grad()
 def reestimate_statistics(
-    model: nn.Module, batches: Iterable[Batch], images: Callable[[Batch], Mapping[str, Tensor]]
+    model: nn.Module,
+    batches: Iterable[Batch],
+    images: Callable[[Batch], Mapping[str, Tensor]],
+    *,
+    frozen: Collection[str] = (),
 ) -> None:
     r"""Set every running mean and variance to the plain mean over the batches of the batches' own.
 
@@ -26,12 +30,17 @@ def reestimate_statistics(
     Args:
         model: Changed in place: its running statistics, nothing else. `images` must not run it.
         batches: Training batches.
-        images: What to run on for a batch, by BatchNorm branch: ``{"main": x_adv, "aux": x}``.
+        images: What to run on for a batch, by BatchNorm branch: ``{"main": x_adv, "aux": x}``. They are not changed.
+        frozen: Names of modules whose statistics stay as they are.
 
     Source: Izmailov et al. (SWA), UAI 2018, arXiv:1803.05407, section 3.2.
     Differs from the reference: nothing known. Every branch of a split BatchNorm gets inputs of its own.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and name not in frozen
+    ]
     if not norms:
         return
     before = [(norm.momentum, norm.training) for norm in norms]
@@ -43,7 +52,7 @@ def reestimate_statistics(
         for batch in batches:
             for branch, x in images(batch).items():
                 with running(model, branch):
-                    model(x)
+                    model(x.clone())  # a network may write into its input
     finally:
         for norm, (momentum, training) in zip(norms, before, strict=True):
             norm.momentum, norm.training = momentum, training

@@ -19,6 +19,7 @@ from holdfast.evaluation.statistics import wilson_interval
 from holdfast.forward import Batch, View
 from holdfast.functional import correct, cross_entropy
 from holdfast.keyed_random import Key, permutation
+from holdfast.low_precision import weights_cast_once
 from holdfast.schedule import Progress
 from holdfast.threat import ThreatModel
 
@@ -81,20 +82,27 @@ def correct_rows(view: View, batch: Batch) -> Tensor:
 
 
 def robust_rows(
-    model: nn.Module, batch: Batch, attack: PGD | FGSM, threat: ThreatModel, *, seed: int = 0, autocast: str = "fp32"
+    model: nn.Module,
+    batch: Batch,
+    attack: PGD | FGSM,
+    threat: ThreatModel,
+    *,
+    seed: int = 0,
+    autocast: str = "fp32",
+    cast_once: frozenset[str] = frozenset(),
 ) -> tuple[Tensor, Tensor]:
     """Which rows are correct clean, and which of those stay correct under the attack.
 
     Rows that are already wrong are not attacked. Every restart attacks only what is left. A success counts only where
     the network in its own precision misclassifies the very point: under ``autocast="bf16"`` low precision searches, it
-    never decides.
+    never decides. Weights named by `cast_once` (`holdfast.low_precision.weights_cast_once`) are cast once a search.
 
     Shapes:
         Returns two (B,) bool tensors.
     Raises:
         HoldfastError: a point lies outside the ball or is NaN; a search that failed must not count as robustness.
     """
-    view = View(model)
+    view = View(model, cast_once=cast_once)
     clean = correct_rows(view, batch)
     robust = clean.clone()
     restarts = attack.restarts if isinstance(attack, PGD) else 1
@@ -155,13 +163,16 @@ def accuracies(
     index = choose(images, n)
     own = index[distributed.rank() :: distributed.world_size()]
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    cast_once: frozenset[str] | None = None if autocast == "bf16" and attack is not None else frozenset()
     counts = torch.zeros(2, dtype=torch.int64, device=images.pixels.device)
     for rows in own.split(batch_size):
         batch = Batch(to_pixels(images.pixels[rows], dtype), images.labels[rows], None, rows)
         if attack is None:
             clean = robust = correct_rows(View(model), batch)
         else:
-            clean, robust = robust_rows(model, batch, attack, threat, seed=seed, autocast=autocast)
+            if cast_once is None:
+                cast_once = weights_cast_once(View(model), batch.x[:2])
+            clean, robust = robust_rows(model, batch, attack, threat, seed=seed, autocast=autocast, cast_once=cast_once)
         counts += torch.stack([clean.sum(), robust.sum()])
         if tick is not None:
             tick(len(rows))

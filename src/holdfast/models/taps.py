@@ -63,8 +63,8 @@ def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
 
     The yielded dictionary starts empty and holds, for each name, the output of that module's latest call: a second
     forward overwrites the first, and a module that no forward calls leaves no entry. The tensors are the network's
-    own, with their graph: a gradient flows through them, and a later in-place layer would change them (the networks
-    here have none).
+    own, with their graph: a gradient flows through them. The network goes on with a copy, so that an in-place layer
+    after a tapped one changes nothing.
     The hooks are gone when the block ends, however it ends. `torch.func.functional_call` runs them too.
 
     Args:
@@ -99,11 +99,12 @@ def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
             handle.remove()
 
 
-def _store(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], None]:
-    def hook(module: nn.Module, inputs: object, output: object) -> None:
+def _store(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], Tensor]:
+    def hook(module: nn.Module, inputs: object, output: object) -> Tensor:
         if not isinstance(output, Tensor):
             raise HoldfastError(f"module {name!r} returns {type(output).__name__}, not a tensor: tap one inside it")
         features[name] = output
+        return output.clone()
 
     return hook
 

@@ -248,7 +248,7 @@ class LearnableStrategyStep(AdversarialStep):
             name: weight.detach() - rate * (gradient + decay * weight.detach())
             for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
         }
-        return View(self.model, state=state)
+        return self.view(state=state)
 
     @torch.no_grad()
     def reward_parts(self, batch: Batch, attacked: Attacked, ahead: View, progress: Progress) -> Tensor:
@@ -257,7 +257,7 @@ class LearnableStrategyStep(AdversarialStep):
         radius = self.recipe.radius(progress)
         threat = self.recipe.threat if radius is None else self.recipe.threat.with_epsilon(radius)
         elsewhere = replace(progress, seed=progress.key("look-ahead").value)  # starts of its own
-        harm = cross_entropy(View(self.model).detached()(attacked.x_adv).logits, labels)
+        harm = cross_entropy(self.view().detached()(attacked.x_adv).logits, labels)
         ahead = ahead.detached()
         found = self.settings.look_ahead(
             ahead, batch, lambda logits: cross_entropy(logits, labels), threat=threat, progress=elsewhere

@@ -24,7 +24,8 @@ class WorstWeights(ViewTransform):
     .. math:: \nu_l = \gamma\,\frac{\|\theta_l\|}{\|v_l\|}\,v_l, \qquad v = \sum_{s=1}^{S} \eta\,\nabla_\theta
         \frac1B \sum_i \mathcal{L}_i(\theta + v^{(s-1)})
 
-    for every parameter l of two or more dimensions. ν is a constant of the step: the gradient with respect to θ is the
+    for every trained parameter l of two or more dimensions; frozen ones (``requires_grad=False``) stay as they are and
+    do not count in a global scale. ν is a constant of the step: the gradient with respect to θ is the
     gradient at θ + ν, and θ itself is never changed. AWP takes one step; RWP ten, a global scale, and only rows whose
     loss is `below` 1.7.
 
@@ -81,8 +82,10 @@ class WorstWeights(ViewTransform):
         self.scale, self.below = scale, below
 
     def prepare(self, model: nn.Module) -> None:
-        if not any(weight.dim() > 1 for weight in model.parameters()):
-            raise HoldfastError("the model has no weights of two or more dimensions to perturb: leave WorstWeights out")
+        if not any(map(_perturbed, model.parameters())):
+            raise HoldfastError(
+                "the model trains no weights of two or more dimensions that could be perturbed: leave WorstWeights out"
+            )
 
     @property
     def needs_sides(self) -> tuple[str, ...]:  # type: ignore[override]  # what depends on the settings
@@ -122,7 +125,7 @@ class WorstWeights(ViewTransform):
     def ascent(self, views: Views, weights: Mapping[str, Tensor], search: Search) -> dict[str, Tensor]:
         """v: the sum of the ascent steps, for every parameter that is perturbed."""
         run, moved = self.climbed(tuple(views))
-        v = {name: torch.zeros_like(weight) for name, weight in weights.items() if weight.dim() > 1}
+        v = {name: torch.zeros_like(weight) for name, weight in weights.items() if _perturbed(weight)}
         fixed = {name: weight.detach() for name, weight in weights.items()}
         for _ in range(self.steps):
             leaves = {name: (fixed[name] + step).requires_grad_(True) for name, step in v.items()}
@@ -148,3 +151,8 @@ class WorstWeights(ViewTransform):
         length = torch.stack([weights[name].norm() for name in v]).norm()
         factor = gamma * length / (torch.stack([step.norm() for step in v.values()]).norm() + _TINY)
         return {name: factor * step for name, step in v.items()}
+
+
+def _perturbed(weight: Tensor) -> bool:
+    """Whether a search moves this parameter."""
+    return weight.requires_grad and weight.dim() > 1
