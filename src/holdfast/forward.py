@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
+from holdfast.models.outputs import logits_of
 from holdfast.models.taps import tapped
 from holdfast.schedule import Progress
 
@@ -116,7 +117,8 @@ class View:
     Shapes:
         x: (B, C, H, W) in [0, 1]. Logits: (B, K).
     Raises:
-        HoldfastError: the model has no such branch, does not return a (B, K) tensor, or has no module of a tap's name.
+        HoldfastError: the model has no such branch, returns no logits (B, K) that `holdfast.models.outputs.logits_of`
+            finds, or has no module of a tap's name.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -141,11 +143,11 @@ class View:
             state = {**copies, **{n: t.clone() if n in copies else t for n, t in (state or {}).items()}}
         taps = tapped(self.model, self.taps) if self.taps else nullcontext({})
         with running(self.model, self.branch, training=self.statistics != "eval"), taps as features:
-            logits = self.model(x) if state is None else torch.func.functional_call(self.model, dict(state), (x,))
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            output = self.model(x) if state is None else torch.func.functional_call(self.model, dict(state), (x,))
+        logits = logits_of(output)
+        if logits.dim() != 2:
             raise HoldfastError(
-                f"the model returned {shape} instead of logits (B, K): return one row of logits an image"
+                f"the model returned {tuple(logits.shape)} instead of logits (B, K): return one row of logits an image"
             )
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
@@ -193,7 +195,7 @@ def running(model: nn.Module, branch: str, *, training: bool | None = None) -> I
     switched: list[nn.Module] = []
     branched: list[tuple[nn.Module, str]] = []
     for module in model.modules():
-        if training is not None and module.training != training:
+        if training is not None and getattr(module, "training", training) != training:  # frozen TorchScript has none
             switched.append(module)
         if hasattr(module, "active_branch"):
             known: Sequence[str] = getattr(module, "branch_names", (branch,))

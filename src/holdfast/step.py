@@ -15,6 +15,7 @@ from holdfast.errors import HoldfastError, NonFiniteLoss
 from holdfast.forward import Attacked, Batch, Forward, Outputs, Statistics, View, Views
 from holdfast.functional import cross_entropy, smooth_labels
 from holdfast.keyed_random import uniform
+from holdfast.models.adapted import for_evaluation, for_training
 from holdfast.objectives.base import Objective
 from holdfast.objectives.standard import StandardTraining
 from holdfast.recipe import SGD, Recipe
@@ -43,7 +44,7 @@ class AdversarialStep(nn.Module):
 
     Args:
         recipe: The method.
-        model: Pixels in [0, 1] to logits.
+        model: Pixels in [0, 1] to logits. `nn.DataParallel` and what `torch.compile` returns are taken off.
         precision: ``"bf16"`` runs the network under autocast; losses stay in float32. ``"fp32"`` and ``"fp64"`` run it
             in the weights' own type.
         check_finite: Look at every term before it is returned, and raise if one is not finite. It makes an
@@ -72,7 +73,7 @@ class AdversarialStep(nn.Module):
                 " check_finite=True), and call its after_backward and after_epoch too"
             )
         self.recipe = recipe
-        self.model = model
+        self.model = model = for_training(model)
         self.objective: Objective = recipe.objective
         self.warmup_objective: Objective = StandardTraining()
         self.attack: Attack | None = recipe.attack
@@ -286,7 +287,11 @@ def built_networks(recipe: Recipe) -> dict[str, nn.Module]:
     Raises:
         HoldfastError: one is still a description, which only `fit` turns into a network.
     """
-    built = {name: network for name, network in recipe.networks.items() if isinstance(network, nn.Module)}
+    built = {}
+    for name, network in recipe.networks.items():
+        if isinstance(network, nn.Module):
+            trained = any(parameter.requires_grad for parameter in network.parameters())
+            built[name] = for_training(network) if trained else for_evaluation(network)
     for name in recipe.networks:
         if name not in built:
             raise HoldfastError(
