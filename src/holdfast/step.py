@@ -16,6 +16,7 @@ from holdfast.forward import Attacked, Batch, Forward, Outputs, Statistics, View
 from holdfast.functional import cross_entropy, smooth_labels
 from holdfast.keyed_random import uniform
 from holdfast.models.adapted import for_evaluation, for_training
+from holdfast.models.layout import keep_narrow_contiguous
 from holdfast.objectives.base import Objective
 from holdfast.objectives.standard import StandardTraining
 from holdfast.recipe import SGD, Recipe
@@ -88,6 +89,7 @@ class AdversarialStep(nn.Module):
         self.check_finite = check_finite
         for transform in self.view_transforms:
             transform.prepare(model)
+        keep_narrow_contiguous(self)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         if self.check_finite and not (distributed.active() and len(batch.y) == 0):  # a process may get no rows

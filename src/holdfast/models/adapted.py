@@ -114,7 +114,7 @@ def uninitialised(model: nn.Module) -> list[str]:
     return [
         f"{name or 'the model'} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values())))
+        if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False))))
     ]
 
 
