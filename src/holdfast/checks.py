@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.forward import Batch, View
+from holdfast.models.outputs import noticed
 
 
 def check_batch(batch: Batch, num_classes: int | None = None) -> None:
@@ -34,8 +37,10 @@ def check_batch(batch: Batch, num_classes: int | None = None) -> None:
 
 
 @torch.no_grad()
-def check_model(model: nn.Module, x: Tensor, num_classes: int) -> None:
+def check_model(model: nn.Module, x: Tensor, num_classes: int) -> str | None:
     """Refuse a model that does not return one row of K finite logits an image.
+
+    Returns which part of its output is taken as the logits, as a sentence; None where it returns just logits.
 
     Args:
         model: Pixels in [0, 1] to logits.
@@ -46,7 +51,8 @@ def check_model(model: nn.Module, x: Tensor, num_classes: int) -> None:
         HoldfastError: the outputs are probabilities, not finite, or of another shape.
     """
     try:
-        logits = View(model)(x).logits
+        with noticed(model) as notes:
+            logits = View(model)(x).logits
     except HoldfastError:
         raise
     except RuntimeError as error:
@@ -64,3 +70,23 @@ def check_model(model: nn.Module, x: Tensor, num_classes: int) -> None:
     rows = logits.double().sum(1)
     if bool((logits >= 0).all()) and bool((rows - 1).abs().max() < 1e-3):
         raise HoldfastError("the model returns probabilities (rows sum to 1): return logits, drop the final softmax")
+    return notes[0] if notes else None
+
+
+@torch.no_grad()
+def returns_more_in_training(model: nn.Module, x: Tensor) -> bool:
+    """Return True where a network in training mode returns more than logits, as with auxiliary classifiers.
+
+    It is run once, on copies of its buffers.
+
+    Args:
+        model: Pixels in [0, 1] to logits.
+        x: A few images, at least two.
+
+    Raises:
+        HoldfastError: which part of its output are the logits is not clear.
+    """
+    devices = [x.device] if x.device.type == "cuda" else []
+    with noticed(model) as notes, torch.random.fork_rng(devices=devices), suppress(RuntimeError, ValueError):
+        View(model, statistics="batch")(x)  # what goes wrong otherwise, the first step tells
+    return bool(notes)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from holdfast.compilation import copies_input
 from holdfast.errors import HoldfastError
 from holdfast.models.modes import kept_in_evaluation
+from holdfast.models.outputs import logits_of
 from holdfast.models.taps import tapped
 from holdfast.schedule import Progress
 
@@ -119,7 +120,8 @@ class View:
     Shapes:
         x: (B, C, H, W) in [0, 1]; never changed, though a network may write into what it is given. Logits: (B, K).
     Raises:
-        HoldfastError: the model has no such branch, does not return a (B, K) tensor, or has no module of a tap's name.
+        HoldfastError: the model has no such branch, returns no logits (B, K) that `holdfast.models.outputs.logits_of`
+            finds, or has no module of a tap's name.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -152,11 +154,11 @@ class View:
         with mode, _no_casts_without_gradient(), taps as features:
             if not copies_input(self.model):  # it may write into them: into an attack's point, or the caller's images
                 x = x.clone()
-            logits = self.model(x) if state is None else torch.func.functional_call(self.model, dict(state), (x,))
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            output = self.model(x) if state is None else torch.func.functional_call(self.model, dict(state), (x,))
+        logits = logits_of(output)
+        if logits.dim() != 2:
             raise HoldfastError(
-                f"the model returned {shape} instead of logits (B, K): return one row of logits an image"
+                f"the model returned {tuple(logits.shape)} instead of logits (B, K): return one row of logits an image"
             )
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
@@ -212,7 +214,8 @@ def running(
     branched: list[tuple[nn.Module, str]] = []
     named = model.named_modules() if in_evaluation else (("", module) for module in model.modules())
     for name, module in named:
-        if training is not None and module.training != (training and name not in in_evaluation):
+        wanted = training and name not in in_evaluation
+        if training is not None and getattr(module, "training", wanted) != wanted:  # frozen TorchScript has none
             switched.append(module)
         if hasattr(module, "active_branch"):
             known: Sequence[str] = getattr(module, "branch_names", (branch,))

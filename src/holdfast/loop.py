@@ -27,6 +27,8 @@ from holdfast.loop_reestimation import reestimate
 from holdfast.loop_resume import take_up
 from holdfast.loop_stop import CONFER_EVERY, asked_anywhere, at_each_batch, pause
 from holdfast.loop_watch import watch
+from holdfast.models.extra_state import with_extra
+from holdfast.models.outputs import tell_in_training
 from holdfast.progress_display import Display
 from holdfast.recipe import Recipe
 from holdfast.runs.checkpoint import save_checkpoint
@@ -90,6 +92,7 @@ class Loop:
         parts = (getattr(self.module, part, nn.Module()) for part in ("objective", "networks", "strategy"))
         unused = any(True for part in parts for _ in part.parameters())
         unused = unused or bool(getattr(self.step, "branches", {}))  # a clean warm-up leaves the auxiliary one alone
+        unused = unused or self.setup.drops_outputs  # auxiliary classifiers, for example
         return nn.parallel.DistributedDataParallel(  # type: ignore[return-value]  # called like the step it wraps
             self.module,
             device_ids=[self.setup.device.index] if self.setup.device.type == "cuda" else None,
@@ -109,6 +112,8 @@ class Loop:
         if self.complete and summary is not None:  # what was damaged is mended by now
             self.display.say(f"{self.folder.path} is already finished")
             return summary
+        if not self.settings.compile:  # a hook less would be compiled anew
+            tell_in_training(self.model, lambda text: None if text in self.setup.notes else self.display.say(text))
         done = self.progress().step
         self.display.start(self.recipe.epochs * self.steps_per_epoch, done, self.loader.batch_size)
         while not self.complete:
@@ -302,10 +307,14 @@ class Loop:
             found[measure.name] = float(measure.measure(view, batches))
         return found
 
-    def exported(self) -> Mapping[str, Tensor]:
-        """The weights of the last average that exports any, else the model's own, without auxiliary branches."""
+    def exported(self) -> Mapping[str, Any]:
+        """The weights of the last average that exports any, else the model's own, without auxiliary branches.
+
+        What a module keeps beside its tensors (`get_extra_state`) is not averaged: it is the model's own.
+        """
         states = (average.exported() for average in reversed(self.recipe.averages))
         state = next((state for state in states if state is not None), None) or self.model.state_dict()
+        state = with_extra(state, self.model)
         return {name: state[name] for name in self.evaluated.state_dict()}
 
     def load_exported(self) -> None:

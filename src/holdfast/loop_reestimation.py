@@ -11,6 +11,7 @@ from torch import Tensor
 from holdfast.averages.base import Average
 from holdfast.averages.reestimation import reestimate_statistics
 from holdfast.forward import Batch
+from holdfast.models.extra_state import with_extra
 from holdfast.schedule import Progress
 from holdfast.step import AdversarialStep
 
@@ -24,8 +25,9 @@ def reestimate(loop: Loop, average: Average, progress: Progress) -> None:
     state = average.exported() or (loop.model.state_dict() if average.writes_back else None)
     if state is None or model is None:
         return
-    model.load_state_dict(dict(state))
-    loop.evaluated.load_state_dict({name: state[name] for name in loop.evaluated.state_dict()})
+    whole = with_extra(state, loop.model)
+    model.load_state_dict(whole)
+    loop.evaluated.load_state_dict({name: whole[name] for name in loop.evaluated.state_dict()})
     others = set(getattr(loop.step, "branches", {}).values())
 
     adversarial = average.reestimate == "adversarial" or bool(others)  # a split main branch never sees clean ones

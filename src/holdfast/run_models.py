@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,10 +15,28 @@ from holdfast.data.loader import to_pixels
 from holdfast.errors import HoldfastError
 from holdfast.forward import View
 from holdfast.keyed_random import Key
+from holdfast.models.adapted import (
+    for_training,
+    initialise,
+    own_copy,
+    require_initialised,
+    require_trainable,
+    unwrapped,
+    wrapper_notes,
+)
+from holdfast.models.extra_state import is_extra, require_savable
 from holdfast.models.factory import accepted, build
 from holdfast.models.own_file import OwnCode, names_code
 from holdfast.recipe import Recipe
-from holdfast.runs.export import load_model, load_weights, model_description, model_folder, read_weights
+from holdfast.runs.export import (
+    WEIGHTS,
+    load_model,
+    load_weights,
+    model_description,
+    model_folder,
+    read_description,
+    read_weights,
+)
 
 DERIVED = ("num_classes", "channels", "image_size", "mean", "std")  # of a model's arguments: known from the data
 
@@ -45,12 +63,39 @@ def own_code(recipe: Recipe, model: str | nn.Module | OwnCode, configured: Mappi
     return found
 
 
+class Built(NamedTuple):
+    """A network with its initial weights, what is needed to rebuild it, and what the person should be told of it."""
+
+    network: nn.Module
+    spec: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
 def build_model(
     model: str | nn.Module | OwnCode, dataset: Dataset, training: Images, seed: int, options: Mapping[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The network with its initial weights, and what is needed to rebuild it."""
+) -> Built:
+    """Return the network to train; one from Python is copied.
+
+    Raises:
+        HoldfastError: it cannot be built, copied, trained or saved.
+    """
     if isinstance(model, nn.Module):
-        return copy.deepcopy(model), model_description(None, model)
+        require_trainable(model)
+        network, spec, notes = own_copy(model), model_description(None, unwrapped(model)), wrapper_notes(model)
+    else:
+        network, spec = _named_model(model, dataset, training, seed, options)
+        require_trainable(network)
+        notes = ()
+    weights = Key(seed).fold("lazy layers' initial weights").torch_seed
+    notes += initialise(network, to_pixels(training.pixels[:2].cpu()), weights)
+    require_savable(network)
+    return Built(for_training(network), spec, notes)
+
+
+def _named_model(
+    model: str | OwnCode, dataset: Dataset, training: Images, seed: int, options: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A network by its name or from the user's own file, with its initial weights, and its options."""
     pixels = training.pixels.flatten(0, 2).double() / 255
     statistics = {
         "mean": [round(value, 4) for value in pixels.mean(0).tolist()],
@@ -72,8 +117,12 @@ def build_model(
 
 def load_initial(network: nn.Module, init: str | Path) -> None:
     """Begin from the weights of a run, a model folder or a file."""
-    source = Path(init) if str(init).endswith(".safetensors") else model_folder(Path(init)) / "model.safetensors"
-    load_weights(network, read_weights(source), source)
+    folder = None if str(init).endswith(".safetensors") else model_folder(Path(init))
+    source = Path(init) if folder is None else folder / WEIGHTS
+    state: dict[str, Any] = dict(read_weights(source))
+    if folder is not None and any(map(is_extra, network.state_dict())):
+        state |= read_description(folder).get("extra_state", {})
+    load_weights(network, state, source)
 
 
 def further_networks(
@@ -105,7 +154,7 @@ def further_networks(
     built: dict[str, nn.Module] = {}
     for name, wanted in recipe.networks.items():
         if isinstance(wanted, nn.Module):
-            built[name] = copy.deepcopy(wanted)
+            built[name] = further_copy(wanted)
             continue
         folder = None if wanted.init is None or wanted.init.endswith(".safetensors") else Path(wanted.init)
         if not wanted.trained and wanted.init is None:
@@ -120,7 +169,7 @@ def further_networks(
             kind = named or code.get("model") or str(spec.get("name") or "")
             options.pop("name", None)
             if kind:
-                module, _ = build_model(kind, dataset, training, Key(seed).fold(name).torch_seed, options)
+                module = build_model(kind, dataset, training, Key(seed).fold(name).torch_seed, options).network
             else:  # a classifier given from Python
                 module = anew(classifier, Key(seed).fold(name).torch_seed)
             if wanted.init is not None and not started:
@@ -128,6 +177,21 @@ def further_networks(
         built[name] = module.requires_grad_(wanted.trained)
         same_classes(name, built[name], classifier, training)
     return built
+
+
+def further_copy(network: nn.Module) -> nn.Module:
+    """A copy of a further network given from Python. One that is TorchScript can only stand still.
+
+    Raises:
+        HoldfastError: it cannot be copied, trained where it wants to be, or saved with the run's state.
+    """
+    if any(parameter.requires_grad for parameter in network.parameters()):
+        require_trainable(network)
+    require_initialised(network)
+    with torch.no_grad():  # else the weights of a copied TorchScript module would be no leaves
+        copied = own_copy(network)
+    require_savable(copied)
+    return copied
 
 
 def anew(network: nn.Module, seed: int) -> nn.Module:

@@ -57,6 +57,8 @@ class Setup:
     """The person's own code that the run needs, by part."""
     data_digests: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of the images and labels, by what they are for; empty on all processes but the first."""
+    drops_outputs: bool = False
+    """Under torchrun: the network returns more than logits in training, so some of its parameters get no gradient."""
 
     @property
     def code_digests(self) -> dict[str, str]:
@@ -135,7 +137,7 @@ def prepare(
     loader = make_loader(recipe, dataset, training.to(device), extra, settings, batch_size, seed, dtype)
     if batch_size < distributed.world_size():
         raise HoldfastError(f"a batch of {batch_size} cannot be split over {distributed.world_size()} processes")
-    network, spec = build_model(codes.get("model", model), dataset, training, seed, options or {})
+    network, spec, notes = build_model(codes.get("model", model), dataset, training, seed, options or {})
     if init is not None and not started:
         load_initial(network, init)
     further = further_networks(recipe, network, spec, dataset, training, seed, started=started, code=codes)
@@ -143,7 +145,7 @@ def prepare(
     first = torch.arange(min(8, len(training)), device=device)
     sample = to_pixels(loader.images.pixels[first], dtype)
     checks.check_batch(Batch(sample, loader.images.labels), dataset.num_classes)
-    checks.check_model(network, sample, dataset.num_classes)
+    output = checks.check_model(network, sample, dataset.num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(Key(seed).fold("objective's initial weights").torch_seed)
         recipe.objective.prepare(network, sample, loader.positions)
@@ -169,10 +171,13 @@ def prepare(
             *dataset.notes,
             *told(recipe, dataset, settings, device, batch_size, training, validation, extra),
             *recipe_notes(recipe, init),
+            *notes,
+            *([output] if output else []),
             *trusted,
         ),
         code=codes,
         data_digests=data_digests(training, validation, dataset.test, extra),
+        drops_outputs=distributed.active() and checks.returns_more_in_training(network, sample),
     )
 
 

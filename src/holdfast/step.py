@@ -16,6 +16,8 @@ from holdfast.forward import Attacked, Batch, Forward, Outputs, Statistics, View
 from holdfast.functional import cross_entropy, smooth_labels
 from holdfast.keyed_random import uniform
 from holdfast.low_precision import weights_cast_once
+from holdfast.models.adapted import for_evaluation, for_training
+from holdfast.models.layout import keep_narrow_contiguous
 from holdfast.models.modes import kept_in_evaluation, with_added
 from holdfast.objectives.base import Objective
 from holdfast.objectives.standard import StandardTraining
@@ -46,7 +48,7 @@ class AdversarialStep(nn.Module):
 
     Args:
         recipe: The method.
-        model: Pixels in [0, 1] to logits.
+        model: Pixels in [0, 1] to logits. `nn.DataParallel` and what `torch.compile` returns are taken off.
         precision: ``"bf16"`` runs the network under autocast; losses stay in float32. ``"fp32"`` and ``"fp64"`` run it
             in the weights' own type.
         check_finite: Look at every term before it is returned, and raise if one is not finite. It makes an
@@ -75,7 +77,7 @@ class AdversarialStep(nn.Module):
                 " check_finite=True), and call its after_backward and after_epoch too"
             )
         self.recipe = recipe
-        self.model = model
+        self.model = model = for_training(model)
         self.objective: Objective = recipe.objective
         self.warmup_objective: Objective = StandardTraining()
         self.attack: Attack | None = recipe.attack
@@ -94,6 +96,7 @@ class AdversarialStep(nn.Module):
             transform.prepare(model)
         self.in_evaluation = {**kept, "": with_added(kept[""], before, model)}  # by network, the classifier's under ""
         self.cast_once: frozenset[str] | None = None  # unknown before the first attack
+        keep_narrow_contiguous(self)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         if self.check_finite and not (distributed.active() and len(batch.y) == 0):  # a process may get no rows
@@ -311,7 +314,11 @@ def built_networks(recipe: Recipe) -> dict[str, nn.Module]:
     Raises:
         HoldfastError: one is still a description, which only `fit` turns into a network.
     """
-    built = {name: network for name, network in recipe.networks.items() if isinstance(network, nn.Module)}
+    built = {}
+    for name, network in recipe.networks.items():
+        if isinstance(network, nn.Module):
+            trained = any(parameter.requires_grad for parameter in network.parameters())
+            built[name] = for_training(network) if trained else for_evaluation(network)
     for name in recipe.networks:
         if name not in built:
             raise HoldfastError(

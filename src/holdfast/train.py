@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from holdfast import distributed
@@ -35,10 +37,16 @@ class FinishedRun:
 
     path: Path
     summary: dict[str, Any]
+    architecture: nn.Module | None = field(default=None, repr=False, compare=False)
+    """Of a run that was given an `nn.Module`: its network, whose weights say nothing."""
 
     def model(self, checkpoint: str = "best") -> nn.Module:
-        """The trained network: pixels in [0, 1] to logits, in evaluation mode."""
-        return load_model(self.path, checkpoint=checkpoint)
+        """The trained network: pixels in [0, 1] to logits, in evaluation mode. Every call returns another copy.
+
+        Args:
+            checkpoint: ``"best"`` by validation, or ``"last"``.
+        """
+        return load_model(self.path, checkpoint=checkpoint, model=copy.deepcopy(self.architecture))
 
 
 def fit(
@@ -61,7 +69,8 @@ def fit(
     Args:
         recipe: The method; see `holdfast.recipes`.
         data: A source such as ``"digits"`` or a path, or a loaded data set.
-        model: A name of `holdfast.models`, ``file.py:function``, or any module from pixels in [0, 1] to logits.
+        model: A name of `holdfast.models`, ``file.py:function``, or any module from pixels in [0, 1] to logits. A
+            module is copied, not changed.
         out: The run folder; ``runs/<time>-<recipe>-<data>`` by default.
         seed: Of the weights, the order, the augmentation and the attacks.
         settings: Everything that is not the method: precision, validation, compilation …
@@ -110,10 +119,16 @@ def fit(
                 path = _default_folder(setup)
                 lock = stack.enter_context(locked(path, kept_for=CONFIG))
             stack.callback(shown.stop)
-            return FinishedRun(path, _train(setup, path, lock, shown, interruption, resume=resume))
+            given = _plain_copy(setup.model) if isinstance(model, nn.Module) else None
+            return FinishedRun(path, _train(setup, path, lock, shown, interruption, resume=resume), given)
     finally:
         if started:
             distributed.stop(after_error=sys.exc_info()[0] is not None)
+
+
+def _plain_copy(network: nn.Module) -> nn.Module:
+    """A copy on the CPU, laid out as torch does, that what is done to a network in training does not reach."""
+    return copy.deepcopy(network).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch's stub lacks it
 
 
 def _train(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from holdfast.models.extra_state import is_extra
 from holdfast.schedule import Progress
 
 Reestimate = Literal["clean", "adversarial"]
@@ -49,6 +50,11 @@ class Average:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state."""
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the classifier's state, without what its modules keep beside parameters and buffers."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not is_extra(name)}
 
 
 def floating_tensors(model: nn.Module, *, buffers: bool) -> Iterator[tuple[str, Tensor]]:

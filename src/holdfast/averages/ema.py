@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from holdfast.averages.base import Average
+from holdfast.averages.base import Average, saved_tensors
 from holdfast.errors import HoldfastError
 from holdfast.schedule import Progress
 
@@ -62,13 +62,13 @@ class EMA(Average):
         self.shadow: dict[str, Tensor] = {}
 
     def start(self, model: nn.Module) -> None:
-        self.shadow = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.shadow = {name: tensor.detach().clone() for name, tensor in saved_tensors(model).items()}
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, progress: Progress) -> None:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warm_up else self.decay
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        for name, tensor in model.state_dict().items():
+        for name, tensor in saved_tensors(model).items():
             if tensor.is_floating_point() and (name in parameters or self.buffers == "average"):
                 self.shadow[name].lerp_(tensor, 1 - decay)
             elif name in parameters or self.reestimate is None or not tensor.is_floating_point():

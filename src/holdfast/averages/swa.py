@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from holdfast.averages.base import Average
+from holdfast.averages.base import Average, saved_tensors
 from holdfast.errors import HoldfastError
 from holdfast.schedule import Progress
 
@@ -75,7 +75,7 @@ class SWA(Average):
             return
         self.count += 1
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        for name, tensor in model.state_dict().items():
+        for name, tensor in saved_tensors(model).items():
             if name not in self.shadow:
                 self.shadow[name] = tensor.detach().clone()
             elif tensor.is_floating_point() and (name in parameters or self.buffers == "average"):

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from holdfast.data.images import Dataset
 from holdfast.data.sources import load
 from holdfast.errors import HoldfastError
+from holdfast.models.adapted import for_evaluation, initialise
 from holdfast.models.factory import build
 from holdfast.runs.export import load_model, load_weights, model_folder, read_description, read_weights
 from holdfast.runs.folder import CONFIG, read_config
@@ -121,8 +123,9 @@ def _from_file(source: str, weights: str | None, data: str | None, image_size: i
     found = load(data, image_size=image_size)
     model = build(source, num_classes=found.num_classes, channels=found.channels, image_size=found.image_size)
     if weights is not None:
+        initialise(model, torch.zeros(2, found.channels, *found.image_size), seed=0)
         load_weights(model, read_state(Path(weights)), Path(weights))
-    model.eval()  # it was built here: nobody gave it in training mode
+    model = for_evaluation(model).eval()  # it was built here: nobody gave it in training mode
     return Subject(model, found, {}, source if weights is None else f"{source} ({weights})")
 
 
@@ -138,8 +141,6 @@ def read_state(file: Path) -> dict[str, Any]:
     if file.suffix == ".safetensors":
         return dict(read_weights(file))
     import pickle
-
-    import torch
 
     try:
         require_plain_torch_file(file)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from holdfast.models.outputs import logits_of
+
 TOLERANCE = 1e-4
 
 
@@ -53,7 +55,7 @@ def _answers(model: nn.Module, x: Tensor) -> list[Tensor]:
     """A model's logits less their mean, which no constant can hide, and a gradient with respect to the pixels."""
     with torch.enable_grad():
         point = x.clone().requires_grad_(True)
-        logits = model(point + 0)
+        logits = logits_of(model(point + 0))
         found = [logits - logits.mean()]
         if logits.requires_grad:
             found.append(torch.autograd.grad((logits[:, 0] - logits.mean(1)).sum(), point)[0])

@@ -14,6 +14,8 @@ from holdfast.compilation import compile_in_place
 from holdfast.errors import HoldfastError
 from holdfast.evaluation.folding import folded
 from holdfast.forward import View
+from holdfast.models.adapted import is_scripted
+from holdfast.models.outputs import logits_of
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -59,7 +61,10 @@ class Deciding:
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
         # A forward that writes into a buffer writes into these copies.
-        self.view = View(model, state={name: buffer.clone() for name, buffer in model.named_buffers()})
+        if is_scripted(model):  # it takes no weights from outside
+            self.view = View(_plain_copy(model))
+        else:
+            self.view = View(model, state={name: buffer.clone() for name, buffer in model.named_buffers()})
         self.batch_size = batch_size
         self.dtype = dtype_of(model)
 
@@ -107,7 +112,7 @@ class Searching:
         self.precise = self._copy(model, x, speed.fold and not randomised)
         self.differentiable = self._can_differentiate(x)
         self.fast = self._fast(speed) if self.low else self.precise
-        if speed.compile and isinstance(self.precise, nn.Module):
+        if speed.compile and isinstance(self.precise, nn.Module) and not is_scripted(self.precise):
             for network in {id(each): each for each in (self.precise, self.fast)}.values():
                 compile_in_place(network)  # type: ignore[arg-type]  # both are modules where the first is
             self.compiled = self.padded = True
@@ -122,7 +127,8 @@ class Searching:
             self.layout = torch.contiguous_format
             view = View(model).detached()
             return lambda images: view(images).logits
-        network.requires_grad_(False)
+        for parameter in network.parameters():  # one by one: a scripted network refuses `requires_grad_`
+            parameter.requires_grad_(False)
         try:
             laid = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # of four dimensions
             laid(x.to(self.dtype, memory_format=torch.channels_last, copy=True))
@@ -188,8 +194,8 @@ class Searching:
     def _logits(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         laid = x.to(self.dtype, memory_format=self.layout)
         # A model may write into its input, so it gets a copy; a compiled one must be given a leaf, or it warns.
-        logits = network(laid if self.compiled else laid.clone())
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
+        logits = logits_of(network(laid if self.compiled else laid.clone()))
+        if logits.dim() != 2:
             raise HoldfastError("the model must return logits (B, K): return one row of logits an image")
         return logits.to(x.dtype)
 
@@ -226,4 +232,5 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 def _plain_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode."""
-    return copy.deepcopy(model).eval()
+    with torch.no_grad():  # else the weights of a scripted network's copy would be no leaves
+        return copy.deepcopy(model).eval()

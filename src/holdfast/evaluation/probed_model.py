@@ -154,7 +154,7 @@ def probed_model(model: nn.Module, x: Tensor, y: Tensor, index: Tensor, threat: 
 @contextmanager
 def left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Training flags, and the random state of torch, Python and NumPy."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - models may draw from it
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:

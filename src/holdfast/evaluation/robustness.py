@@ -28,6 +28,8 @@ from holdfast.evaluation.result import Result as Result
 from holdfast.evaluation.unit import Unit, rows_of
 from holdfast.interruption import Interruption, Stopped
 from holdfast.keyed_random import Key, permutation
+from holdfast.models.adapted import for_evaluation
+from holdfast.models.outputs import noticed
 from holdfast.progress_display import Display
 from holdfast.runs.files import read_json, write_json, write_text
 from holdfast.runs.lock import locked
@@ -68,11 +70,12 @@ class Plan:
     carried: Result | None = None
     display: Display = field(default_factory=Display)
 
-    def describe(self, logits: Tensor) -> dict[str, Any]:
+    def describe(self, logits: Tensor, notes: Sequence[str] = ()) -> dict[str, Any]:
         """What the ledger is about; another one is refused in its folder.
 
         Args:
             logits: Of the first few images, (n, K): two networks of one structure and one state may still differ.
+            notes: What should be told about the network's outputs.
         """
         inputs = self.inputs
         kind = "uint8" if inputs.x.dtype == torch.uint8 else "float32"
@@ -82,7 +85,7 @@ class Plan:
             "attack": self.protocol.label,
             "attacks": [attack.name for attack in self.protocol.attacks],
             "settings": [fingerprint.of_attack(attack) for attack in self.protocol.attacks],
-            "notes": adaptations(self.protocol, logits.shape[1]),
+            "notes": [*adaptations(self.protocol, logits.shape[1]), *notes],
             "threat": self.threat.norm,
             "epsilon": self.threat.epsilon,
             "seed": self.seed,
@@ -111,8 +114,8 @@ class Plan:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(left_as_it_was(self.model, self.inputs.device))
             stack.callback(self.display.stop)
-            logits = self._first_logits()
-            ledger = Ledger(self.path, self.describe(logits), lock)
+            logits, notes = self._first_logits()
+            ledger = Ledger(self.path, self.describe(logits, notes), lock)
             self._open(ledger)
             raised = self._probed(ledger)
             if not ledger.finished:
@@ -132,13 +135,14 @@ class Plan:
             look = partial(ledger.look_at_examples, self._count, wanted=self.save_examples, say=self.display.say)
             distributed.decided_by_first(look)
 
-    def _first_logits(self) -> Tensor:
-        """Of the first few images, (n, K); from the same draws whenever it is called."""
+    def _first_logits(self) -> tuple[Tensor, list[str]]:
+        """Of the first few images, (n, K), and how they were found; from the same draws whenever it is called."""
         torch.manual_seed(Key(self.seed).fold("first").torch_seed)
         x = self.inputs.part(slice(0, TRIED))[0]
-        logits = Deciding(self.model, self.speed.batch_size)(x)
+        with noticed(self.model) as notes:
+            logits = Deciding(self.model, self.speed.batch_size)(x)
         check_logits(logits, self.inputs.y, len(x))
-        return logits
+        return logits, notes
 
     @property
     def _count(self) -> int:
@@ -341,6 +345,7 @@ def evaluate(
         raise HoldfastError(f"seed is {seed!r}: give a whole number")
     if speed is not None and not isinstance(speed, Speed):
         raise HoldfastError(f"speed is a {type(speed).__name__}: give Speed(precision=…, batch_size=…)")
+    model = for_evaluation(model)
     with torch.inference_mode(False):
         inputs = chosen(as_inputs(model, images, labels), n)
     protocol = protocol_of(attack, threat, options)

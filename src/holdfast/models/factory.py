@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from holdfast.errors import HoldfastError
+from holdfast.models.adapted import unwrap_in_place, without_inference_tensors
 from holdfast.models.classifier import require_at_least
 from holdfast.models.own_file import OwnCode, names_code
 from holdfast.models.preact_resnet import PreActResNet18
@@ -209,4 +210,4 @@ def _build_from_file(code: OwnCode, given: Mapping[str, Any], extra: Mapping[str
             raise HoldfastError(f"{name} cannot be called with {told} ({error}): give options that it takes") from error
     if not isinstance(model, nn.Module):
         raise HoldfastError(f"{name} returned {type(model).__name__}: it must return a torch.nn.Module")
-    return model
+    return without_inference_tensors(unwrap_in_place(model))

@@ -7,6 +7,7 @@ from typing import Any
 
 from holdfast.errors import Damaged, HoldfastError
 from holdfast.models import factory
+from holdfast.models.extra_state import is_extra
 from holdfast.setting_types import check_settings, fits, hints_of, in_words, shown
 from holdfast.threat import THREATS
 
@@ -42,6 +43,9 @@ def check_description(description: Mapping[str, Any], where: str) -> None:
     _check_input(description["input"], where)
     _check_threat(description["threat"], where)
     _check_model(description["model"], len(classes), where)
+    beside = description.get("extra_state", {})
+    if not isinstance(beside, Mapping) or not all(is_extra(name) for name in beside):
+        raise _wrong(where, "extra_state", beside, "a mapping by names that end in _extra_state")
     code = description.get("code", {"sha256": ""})
     if not isinstance(code, Mapping) or not fits(code.get("sha256"), str):
         raise _wrong(where, "code", code, "a mapping with the sha256 of the model's own code")

@@ -12,6 +12,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from holdfast.errors import Damaged, HoldfastError
+from holdfast.models.adapted import initialise, unwrapped
+from holdfast.models.extra_state import is_extra, parted
 from holdfast.models.factory import build, shapes
 from holdfast.models.own_file import OwnCode, names_code
 from holdfast.models.trust import trusting
@@ -39,25 +41,26 @@ def model_description(spec: Mapping[str, Any] | None, model: nn.Module) -> dict[
 
 
 def save_model(
-    folder: Path, state: Mapping[str, Tensor], description: Mapping[str, Any], *, code: OwnCode | None = None
+    folder: Path, state: Mapping[str, Any], description: Mapping[str, Any], *, code: OwnCode | None = None
 ) -> None:
     """Write weights and description. A model from ``file.py:function`` takes its file and the file's neighbours along.
 
     Args:
         folder: Where to; made if missing.
-        state: Parameters and buffers by name.
+        state: Parameters and buffers by name, and what modules keep beside them (`holdfast.models.extra_state`).
         description: `model` (see `model_description`), and what a user of the model should know.
         code: The user's own file that makes the model.
 
     Raises:
         HoldfastError: the disk is full; an earlier model in the folder is untouched.
     """
-    description = dict(through_json(description))
+    weights, beside = parted(state)
+    description = dict(through_json({**description, **({"extra_state": beside} if beside else {})}))
     if code is not None:
         write_code(folder, code)
         description["model"]["name"] = code.spec
         description["code"] = {"sha256": code.sha256}
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
     write_whole(folder / WEIGHTS, lambda file: file.write(save(tensors)), hashed=True)
     write_json(folder / DESCRIPTION, description)
 
@@ -80,19 +83,32 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise Damaged(f"{file} is damaged ({type(error).__name__})", _ADVICE) from error
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
+def load_weights(model: nn.Module, state: Mapping[str, Any], source: Path) -> None:
     """Put weights into a model.
 
     Raises:
         HoldfastError: names or shapes differ; the first few are told.
     """
     own = model.state_dict()
-    _require_same_shapes({name: tensor.shape for name, tensor in own.items()}, state, source)
-    model.load_state_dict(dict(state))
+    _require_same_shapes(
+        {name: None if is_extra(name) else tensor.shape for name, tensor in own.items()}, state, source
+    )
+    try:
+        model.load_state_dict(dict(state))
+    except Exception as error:  # whatever a module's own set_extra_state raises
+        reason = " ".join(str(error).split())[:200]
+        raise HoldfastError(
+            f"the weights in {source} do not fit the model ({reason}): give the same --model"
+        ) from error
 
 
-def _require_same_shapes(own: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], source: Path) -> None:
-    wrong = [name for name in own if name not in state or tuple(state[name].shape) != tuple(own[name])]
+def _require_same_shapes(own: Mapping[str, Sequence[int] | None], state: Mapping[str, Any], source: Path) -> None:
+    """Refuse a state with other names or shapes; None stands for an entry without a shape of its own."""
+
+    def fits(name: str, shape: Sequence[int] | None) -> bool:
+        return name in state and (shape is None or tuple(state[name].shape) == tuple(shape))
+
+    wrong = [name for name, shape in own.items() if not fits(name, shape)]
     wrong += [name for name in state if name not in own]
     if wrong:
         raise HoldfastError(
@@ -139,7 +155,8 @@ def load_model(
     Args:
         path: A run folder or a model folder.
         checkpoint: ``"best"`` by validation, or ``"last"``.
-        model: The architecture, for a model that was given as an `nn.Module` and so cannot be rebuilt by name.
+        model: The architecture, for a model that was given as an `nn.Module` and so cannot be rebuilt by name. The
+            weights are loaded into it, and it is returned, without a wrapper such as `nn.DataParallel`.
         trust_code: The SHA-256 of the code that may be executed, or True for whatever code the folder holds.
 
     Raises:
@@ -150,14 +167,19 @@ def load_model(
     spec = description["model"]
     if model is None and spec.get("name") is None:
         raise HoldfastError(
-            f"the model in {folder} is a {spec.get('class')} of your own: pass it as load_model(path, model=…)"
+            f"the model in {folder} is a {spec.get('class')} of your own, given from Python: load it by"
+            f" load_model({str(path)!r}, model=THE_MODULE), or name the function that makes it,"
+            f" path/to/file.py:function --weights {folder / WEIGHTS}"
         )
-    weights = read_weights(folder / WEIGHTS)
+    model = None if model is None else unwrapped(model)
+    weights: dict[str, Any] = {**read_weights(folder / WEIGHTS), **description.get("extra_state", {})}
     if model is None:
         if not names_code(spec["name"]):  # an absurd size is refused before it is allocated
             _require_same_shapes(shapes(**spec), weights, folder / WEIGHTS)
         with trusting(trust_code):
             model = rebuild(description, folder)
+    shape = [description["input"][side] for side in ("channels", "height", "width")]
+    initialise(model, torch.zeros(2, *shape), seed=0)
     load_weights(model, weights, folder / WEIGHTS)
     return model.eval()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from holdfast import distributed
 from holdfast.errors import HoldfastError
+from holdfast.models.extra_state import parted
 from holdfast.parsing import parse_json, through_json
 from holdfast.runs.folder import difference
 
@@ -81,10 +82,16 @@ def epoch_state(loop: Loop) -> dict[str, Any]:
         "code": loop.setup.code_digests,
         "data": dict(loop.setup.data_digests),
         "metrics": list(loop.folder.lines),
-        "step": loop.module.state_dict(),
+        "step": _savable(loop.module.state_dict()),
         "optimizers": [optimizer.state_dict() for optimizer in loop.optimizers],
         "ranks": [to_device(state, torch.device("cpu")) for state in distributed.gather_objects(local)],
     }
+
+
+def _savable(state: dict[str, Any]) -> dict[str, Any]:
+    """The same state, after a look at what modules keep beside tensors: only plain values can be read again."""
+    parted(state)
+    return state
 
 
 def problem(state: Mapping[str, Any], *, epochs: int, batches: int) -> str | None:

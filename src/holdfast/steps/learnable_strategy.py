@@ -14,6 +14,7 @@ from holdfast.errors import HoldfastError
 from holdfast.forward import Attacked, Batch, View, Views
 from holdfast.functional import correct, cross_entropy
 from holdfast.models.classifier import require_at_least
+from holdfast.models.layout import keep_narrow_contiguous
 from holdfast.objectives.base import Objective
 from holdfast.recipe import Recipe
 from holdfast.schedule import Progress, Scalar, as_scalar, value_at
@@ -191,7 +192,7 @@ class LearnableStrategyStep(AdversarialStep):
         super().__init__(recipe, model, precision=precision, check_finite=check_finite)
         self.settings = settings
         choices = [len(table) for table in (settings.epsilons, settings.steps, settings.step_sizes)]
-        self.strategy = StrategyNetwork(choices, width=settings.width)
+        self.strategy = keep_narrow_contiguous(StrategyNetwork(choices, width=settings.width))
         self.strategy_attack = StrategyAttack(self.strategy, settings.epsilons, settings.steps, settings.step_sizes)
         self.attack = self.strategy_attack
         self.register_buffer("last", torch.full((len(WATCHED),), -1.0, dtype=torch.float64))
