@@ -307,7 +307,6 @@ ZOO: dict[str, Defence] = {
         "no-gradients", lambda f, x: Around(f, after=lambda z: 5 * F.one_hot(z.argmax(1), z.shape[1]).float())
     ),
     "through numpy": Defence("no-gradients", lambda f, x: Around(f, through_numpy)),
-    "writes into its input": Defence("no-gradients", lambda f, x: Around(f, in_place)),
     "noise": Defence("randomised", lambda f, x: Around(f, straight_noise)),
     "dropout left on": Defence("randomised", lambda f, x: Around(f, lambda x: F.dropout(x, 0.3, training=True))),
     "dropout put back on": Defence("randomised", lambda f, x: StaysInTraining(f)),

@@ -23,6 +23,7 @@ FLAGS: dict[str, str] = {
     "batch-dependent": "The answer to an image depends on the other images of its batch.",
     "optimises-at-inference": "The model computes gradients of its own while it classifies.",
     "non-finite": "The model's outputs or gradients are NaN or infinite.",
+    "search-differs": "The attacks saw another network than the one that decides.",
     "no-gradients": "No gradient reaches the pixels: the graph is cut.",
     "zero-gradients": "The gradient with respect to the pixels is exactly zero on some images.",
     "vanishing-gradients": "The gradient is far too small for how much the loss changes inside the ball.",

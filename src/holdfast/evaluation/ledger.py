@@ -21,6 +21,7 @@ from holdfast.runs.lock import FolderLock
 from holdfast.runs.weights_header import weight_shapes
 
 PROTOCOL, LEDGER, UNITS, EXAMPLES = "protocol.json", "ledger.jsonl", "units", "examples"
+SEARCH = "search.json"
 SAYS = {
     "model": "model (its weights differ)",
     "outputs": "model (its code differs: the same weights give other logits)",
@@ -56,6 +57,7 @@ class Ledger:
         self.protocol = dict(protocol)
         self.lock = lock
         self.kept: dict[int, tuple[list[dict[str, Any]], dict[str, Tensor] | None]] = {}
+        self.seen: dict[int, dict[str, Any]] = {}
         self.damaged: list[str] = []
         self.unchecked: list[Path] = []
 
@@ -97,6 +99,10 @@ class Ledger:
         assert self.path is not None  # only called with one
         return self.path / UNITS / f"{number:06d}.jsonl"
 
+    def _seen_file(self, number: int) -> Path:
+        assert self.path is not None  # only called with one
+        return self.path / UNITS / f"{number:06d}.json"
+
     def examples_file(self, number: int) -> Path:
         """Where a unit's examples lie."""
         assert self.path is not None  # only called with one
@@ -109,6 +115,7 @@ class Ledger:
             return False
         try:
             self.rows_of(number)
+            self.seen_of(number)
             if examples:
                 self.check_examples(number)
         except Damaged as error:
@@ -120,15 +127,31 @@ class Ledger:
         """Whether a finished unit's examples were kept."""
         return self.kept[number][1] is not None if self.path is None else self.examples_file(number).is_file()
 
-    def write(self, number: int, rows: Sequence[Mapping[str, Any]], examples: Mapping[str, Tensor] | None) -> None:
-        """A unit is finished."""
+    def write(
+        self,
+        number: int,
+        rows: Sequence[Mapping[str, Any]],
+        examples: Mapping[str, Tensor] | None,
+        seen: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A unit is finished.
+
+        Args:
+            number: Which one.
+            rows: One an image.
+            examples: The adversarial images, if they are kept.
+            seen: What was seen of the search, for the flags.
+        """
         if self.path is None:
+            self.seen[number] = dict(seen or {})
             self.kept[number] = ([dict(row) for row in rows], None if examples is None else dict(examples))
             return
         self.check()
         if examples is not None:
             data = save({name: tensor.detach().cpu().contiguous() for name, tensor in examples.items()})
             write_whole(self.examples_file(number), lambda file: file.write(data), hashed=True)
+        if seen is not None:  # before the rows, which say that the unit is finished
+            write_json(self._seen_file(number), seen)
         write_text(self._unit_file(number), "".join(json.dumps(row) + "\n" for row in rows), hashed=True)
 
     def rows_of(self, number: int) -> list[dict[str, Any]]:
@@ -137,6 +160,31 @@ class Ledger:
             return self.kept[number][0]
         advice = "give the same `holdfast evaluate` command again, which evaluates these images again"
         return read_rows(self._unit_file(number), advice=advice, unchecked=self.unchecked.append)
+
+    def seen_of(self, number: int) -> dict[str, Any]:
+        """What was seen of a finished unit's search; nothing where that was not written down.
+
+        Raises:
+            Damaged: it was damaged.
+        """
+        if self.path is None:
+            return self.seen.get(number, {})
+        file = self._seen_file(number)
+        return read_json(file, advice=self._anew) if file.is_file() else {}
+
+    def seen_of_all(self, units: int) -> list[dict[str, Any]]:
+        """What was seen of all searches; with a folder, in one file from now on."""
+        file = None if self.path is None else self.path / SEARCH
+        if file is not None and self.finished:
+            every = read_json(file, advice=self._anew).get("units") if file.is_file() else []
+            if not isinstance(every, list) or not all(isinstance(each, dict) for each in every):
+                raise Damaged(f"{file} is damaged: it does not say what was seen of the search", self._anew)
+            return every
+        every = [self.seen_of(number) for number in range(units)]
+        if file is not None:
+            self.check()
+            write_json(file, {"units": every})
+        return every
 
     def check_examples(self, number: int) -> None:
         """Look whether a unit's saved examples are as they were written, without keeping them in memory.

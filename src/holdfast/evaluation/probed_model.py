@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
+from holdfast.evaluation.draws import begin_draws
+from holdfast.evaluation.draws import left_as_it_was as left_as_it_was
+from holdfast.evaluation.networks import Searching, Speed
+from holdfast.evaluation.paths import told
 from holdfast.forward import View
 from holdfast.functional import margin, misclassified
 from holdfast.keyed_random import Key
 from holdfast.threat import ThreatModel
+
+TRIED = 8  # images on which ways of running the model are compared
 
 Loss = Callable[[Tensor], Tensor]
 """Logits (n, K) to the loss (n,)."""
@@ -25,6 +29,7 @@ Loss = Callable[[Tensor], Tensor]
 class ProbedModel:
     """The model under examination, and what several probes share."""
 
+    model: nn.Module
     view: View
     x: Tensor
     y: Tensor
@@ -38,13 +43,7 @@ class ProbedModel:
 
     def seed(self) -> None:
         """Begin all draws anew, so that two runs of a model that draws can be compared."""
-        seed = self.key.fold("probe").torch_seed
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - what models use is the global generator
-        torch.default_generator.manual_seed(seed)
-        if self.x.device.type == "cuda":
-            with torch.cuda.device(self.x.device):
-                torch.cuda.manual_seed(seed)
+        begin_draws(self.key.fold("probe").torch_seed, self.x.device)
 
     @torch.no_grad()
     def raw(self, x: Tensor) -> Tensor:
@@ -77,28 +76,22 @@ class ProbedModel:
         return -margin(logits, self.y)
 
     def gradients(self, x: Tensor, *losses: Loss) -> tuple[Tensor, list[Tensor]] | None:
-        """Logits as they came, and the gradient of every loss with respect to the pixels; None where there is none."""
-        try:
-            with torch.enable_grad():
-                point = x.detach().clone().requires_grad_(True)
-                outputs = self.view(point.to(self.dtype)).logits.to(x.dtype)
-                logits = finite(outputs)
-                if not logits.requires_grad:
-                    self.reason = "the logits carry no graph"
-                    return None
-                found = [
-                    torch.autograd.grad(loss(logits).sum(), point, retain_graph=True, allow_unused=True)[0]
-                    for loss in losses
-                ]
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError) as error:
-            self.reason = first_line(error)
+        """Logits, and the gradient of every loss with respect to the pixels; None where there is none."""
+        found = self.search.gradients(x, [partial(_of_finite, loss) for loss in losses])
+        if found is None:
+            self.reason = self.search.reason
             return None
-        if any(gradient is None for gradient in found):
-            self.reason = "the graph does not reach the pixels"
-            return None
-        return outputs.detach(), found
+        return found
+
+    @cached_property
+    def search(self) -> Searching:
+        """The network as an attack would run it, so that a probe sees the gradients that an attack will see."""
+        with left_as_it_was(self.model, self.x.device):
+            try:
+                return Searching(self.model, self.x[:TRIED], Speed(), randomised=self.randomised)
+            except Exception as error:  # it runs on a batch of one size only, and another flag says so
+                told(error)
+                return Searching(self.model, self.x, Speed(), randomised=self.randomised)
 
     def ascend(self, radius: float, steps: int, share: float = 0.25) -> tuple[Tensor, Tensor]:
         """A short PGD from the image: the largest loss of all points, and whether one of them was misclassified.
@@ -128,7 +121,7 @@ def probed_model(model: nn.Module, x: Tensor, y: Tensor, index: Tensor, threat: 
     views = (replace(detached, state={**(detached.state or {}), **copies}), View(model))
     first: Exception | None = None
     for view in views:  # some models, scripted ones for example, take no weights from outside
-        probed = ProbedModel(view, x, y, index, threat, key, dtype)
+        probed = ProbedModel(model, view, x, y, index, threat, key, dtype)
         probed.seed()
         try:
             probed.outputs = probed.raw(x)
@@ -151,21 +144,6 @@ def probed_model(model: nn.Module, x: Tensor, y: Tensor, index: Tensor, threat: 
     ) from first
 
 
-@contextmanager
-def left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Training flags, and the random state of torch, Python and NumPy."""
-    flags = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - models may draw from it
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002 - as above
-            for module, training in flags:
-                module.training = training
-
-
 def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:120]
@@ -174,6 +152,10 @@ def first_line(error: Exception) -> str:
 def finite(tensor: Tensor) -> Tensor:
     """NaN becomes 0, infinity a large number whose differences are finite."""
     return torch.nan_to_num(tensor, nan=0.0, posinf=1e30, neginf=-1e30)
+
+
+def _of_finite(loss: Loss, logits: Tensor) -> Tensor:
+    return loss(finite(logits))
 
 
 def unit(logits: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from holdfast.attacks.stepwise import (
     likely_targets,
     take,
 )
-from holdfast.evaluation.networks import Deciding, Pass, Searching
+from holdfast.evaluation.networks import Deciding, Pass, SearchFailed, Searching
 from holdfast.evaluation.unit import Unit
+from holdfast.evaluation.watch import Watch
 from holdfast.functional import margin, misclassified
 from holdfast.keyed_random import Key
 from holdfast.threat import TOLERANCE, ThreatModel
@@ -115,6 +116,7 @@ class Pursuit:
         rules: What counts.
         number: The attack's place in the evaluation.
         batch_size: Rows that are run together.
+        watch: Compares visited points with the deciding network.
     """
 
     def __init__(
@@ -127,11 +129,12 @@ class Pursuit:
         *,
         number: int,
         batch_size: int,
+        watch: Watch | None = None,
     ) -> None:
         attack.require(rules.threat)
         self.attack, self.unit, self.rules, self.number = attack, unit, rules, number
         self.deciding, self.searching = deciding, searching
-        self.batch_size = batch_size
+        self.batch_size, self.watch = batch_size, watch
         if attack.asks == "gradients":  # one image takes as much memory as it has classes
             self.batch_size = max(1, batch_size * 10 // unit.clean_logits.shape[1])
         self.key = rules.key.fold("attack", attack.name)
@@ -167,6 +170,8 @@ class Pursuit:
             pause: Called after every pass; it may raise, and the unit is then not finished.
         """
         self.unit.begin()
+        if self.watch is not None:
+            self.watch.attack(self.attack.name)
         passes = 0
         work: Work | None = None
         since = 0
@@ -175,7 +180,11 @@ class Pursuit:
             if work is None:
                 return
             since += 1
-            self._pass(work)
+            try:
+                self._pass(work)
+            except SearchFailed as error:
+                self._give_up(work, error)
+                return
             if pause is not None:
                 pause()
             passes += len(work.job) * (2 if self.attack.asks != "logits" else 1)
@@ -187,6 +196,14 @@ class Pursuit:
                 continue
             since = 0
             work = self._looked(work)
+
+    def _give_up(self, work: Work, error: SearchFailed) -> None:
+        """The network cannot be run any more: what was claimed is looked at, and the attack ends."""
+        if self.watch is not None:
+            self.watch.failed(self.attack.name, error)
+        left = self._looked(work) if work.claimed is not None else work
+        if left is not None:
+            self._count(left)
 
     def _refilled(self, work: Work | None) -> Work | None:
         """The rows that go on, and new ones in the places that are free; None when nothing is left to do."""
@@ -224,6 +241,9 @@ class Pursuit:
         """One pass of every row: count it, note what it claims, and let the attack go on."""
         attack = self.attack
         done = self._ask(work)
+        if self.watch is not None and self.watch.due():
+            needs = attack.needs_gradient(work.age)
+            self.watch.look(work.state["point"], done, lambda logits: attack.loss(logits, work.rows), needs)
         work.age += 1
         self._claim(work, done.logits)
         gradient = done.gradient

@@ -335,6 +335,11 @@ def _worst_in_words(summary: Mapping[str, Any], key: str) -> str:
     return ", ".join(f"{found['name']} {found[key]:.1%} (n = {found['n']})" for found in there[:3]) or "none"
 
 
+def _checking(passes: Mapping[str, float]) -> str:
+    """The passes that compared the search with the model, where they were counted."""
+    return f", {passes['checking']:,.1f} checking it" if passes.get("checking") else ""
+
+
 def log(summary: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
     """A plain-text log, short enough to be pasted into an issue and complete enough to answer its first questions."""
     passes, flags = summary["passes"], summary["flags"]
@@ -347,7 +352,7 @@ def log(summary: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
         f"made by   holdfast {summary['version']}, format {protocol['format']}, {protocol['unit']} images a unit",
         f"log by    holdfast {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"passes    {passes['forward']:,.1f} forward, {passes['backward']:,.1f} backward, {passes['verifying']:,.1f}"
-        f" verifying an image; {summary['seconds']:,.0f} s",
+        f" verifying an image{_checking(passes)}; {summary['seconds']:,.0f} s",
         "",
         table(summary),
         "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,17 +15,18 @@ from torch import Tensor, nn
 
 from holdfast import __version__, distributed
 from holdfast.attacks.stepwise import StepwiseAttack
-from holdfast.errors import HoldfastError
-from holdfast.evaluation import fingerprint, flags, probes, results
+from holdfast.errors import Damaged, HoldfastError
+from holdfast.evaluation import fingerprint, flags, probes, results, watch
 from holdfast.evaluation.estimate import Estimate
 from holdfast.evaluation.inputs import Inputs, as_inputs, check_logits, chosen
-from holdfast.evaluation.ledger import PROTOCOL, Ledger
+from holdfast.evaluation.ledger import PROTOCOL, SEARCH, Ledger
 from holdfast.evaluation.networks import Deciding, Searching, Speed
 from holdfast.evaluation.probed_model import left_as_it_was
 from holdfast.evaluation.protocols import Options, Protocol, adaptations, protocol_of
 from holdfast.evaluation.pursuit import Pursuit, Rules
 from holdfast.evaluation.result import Result as Result
 from holdfast.evaluation.unit import Unit, rows_of
+from holdfast.evaluation.watch import Watch
 from holdfast.interruption import Interruption, Stopped
 from holdfast.keyed_random import Key, permutation
 from holdfast.models.adapted import for_evaluation
@@ -193,6 +194,7 @@ class Plan:
         # where only a row's last claim is looked at, a false one of low precision would hide an earlier true one
         speed = replace(self.speed, precision="fp32") if self.protocol.at_end else self.speed
         searching = Searching(self.model, x, speed, randomised=randomised)
+        watching = Watch(searching, deciding, Key(self.seed).fold("watch"), looks=self.probe and not randomised)
         images = sum(len(self.inputs.y[self._slice(number)]) for number in todo)
         self.display.work(f"{self.protocol.label}, {self.threat}", images)
         estimate = Estimate(self.protocol.attacks, classes, images)
@@ -200,12 +202,14 @@ class Plan:
             torch.manual_seed(Key(self.seed).fold("unit", number).torch_seed)
             started = time.monotonic()
             unit = self._unit(number, deciding)
+            watching.begin(number)
             for place in range(len(self.protocol.attacks)):
-                self._attack(unit, place, deciding, searching, estimate, pause)
+                self._attack(unit, place, watching, estimate, pause)
             seconds = (time.monotonic() - started) / len(unit.y)
             rows = rows_of(unit, self.protocol.attacks, seconds, deciding, self.threat.epsilon)
             examples = {"x": unit.x, "x_adv": unit.example, "y": unit.y, "index": unit.index}
-            ledger.write(number, rows, examples if self.save_examples else None)
+            seen = watch.as_dict(watching.end())
+            ledger.write(number, rows, examples if self.save_examples else None, seen)
             estimate.done_images += len(unit.y)
             self.display.advance(len(unit.y))
             pause()
@@ -229,8 +233,7 @@ class Plan:
         self,
         unit: Unit,
         place: int,
-        deciding: Deciding,
-        searching: Searching,
+        watching: Watch,
         estimate: Estimate,
         pause: Callable[[], None],
     ) -> None:
@@ -245,7 +248,16 @@ class Plan:
             look_every=self.speed.look_every,
         )
         attack = self.protocol.attacks[place]
-        pursuit = Pursuit(attack, unit, deciding, searching, rules, number=place, batch_size=self.speed.batch_size)
+        pursuit = Pursuit(
+            attack,
+            unit,
+            watching.deciding,
+            watching.searching,
+            rules,
+            number=place,
+            batch_size=self.speed.batch_size,
+            watch=watching,
+        )
 
         def tell(passes: int, jobs_left: int, jobs: int) -> None:
             estimate.done_passes += passes
@@ -261,18 +273,25 @@ class Plan:
         if ledger.path is None:
             for kept in distributed.gather_objects(ledger.kept):
                 ledger.kept.update(kept)
+            for seen in distributed.gather_objects(ledger.seen):
+                ledger.seen.update(seen)
         with distributed.refused_together():
             if distributed.rank() == 0 or ledger.path is None:
+                seen = ledger.seen_of_all(self._count)
                 rows = ledger.merged(self._count, len(self.inputs.y))
         if not (distributed.rank() == 0 or ledger.path is None):
+            seen = ledger.seen_of_all(self._count)
             rows = ledger.merged(self._count, len(self.inputs.y))
         if ledger.unchecked:
             self.display.say(
                 f"files of {ledger.path} are used unchecked, without a .sha256 beside them (older versions wrote none)"
             )
-        every = [*raised, *(flags.from_rows(rows, threat=self.threat) if self.probe else [])]
+        sight = self._seen(ledger, seen)
+        every = [*raised, *watch.flags_of(sight, raised)]
+        every += flags.from_rows(rows, threat=self.threat) if self.probe else []
         told = [flags.as_dict(flag) for flag in every]
         summary = results.summarize(rows, protocol, told)
+        summary["passes"]["checking"] = (sight.forward + sight.backward) / max(1, len(rows))
         summary = {**summary, "about": protocol["about"], "notes": protocol["notes"]}
         log = results.log(summary, protocol) + "".join(f"note: {note}\n" for note in protocol["notes"])
         with distributed.refused_together():
@@ -284,6 +303,14 @@ class Plan:
                 write_text(ledger.path / "log.txt", log)
                 ledger.check()
         return Result(summary, rows, every, ledger.path, log, ledger)
+
+    def _seen(self, ledger: Ledger, seen: Sequence[Mapping[str, Any]]) -> watch.Sight:
+        """What was seen of all searches."""
+        try:
+            return watch.together(seen)
+        except TypeError:
+            advice = f"delete {ledger.path} and evaluate again"
+            raise Damaged(f"{ledger.path and ledger.path / SEARCH} is damaged", advice) from None
 
 
 def evaluate(
