@@ -108,7 +108,7 @@ def test_the_scale_of_the_logits_raises_nothing(scale: float, honest: nn.Module,
 
 @pytest.mark.parametrize("offset", [50.0, 1e6, -1e6])
 def test_an_offset_of_the_logits_raises_nothing(offset: float, honest: nn.Module, images: Batch) -> None:
-    """Though the largest rounds them to a sixteenth; nor where they are centred first, so that all rows have one sum."""
+    """Though the largest rounds them to a sixteenth; nor where they are centred first, and rows have one sum."""
     for before in (lambda z: z, lambda z: z - z.mean(1, keepdim=True)):
         assert probed(Around(honest, after=lambda z, f=before: f(z) + offset).eval(), images) == {}
 
