@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
-from broken_defences import ZOO, digits, honest_network
+from broken_defences import ZOO, Around, digits, honest_network
+from torch import Tensor, nn
 
 from holdfast import HoldfastError, Linf, evaluate
 from holdfast.attacks.apgd import APGD
+from holdfast.attacks.carlini_wagner import CarliniWagnerL2
+from holdfast.attacks.fab import FAB
 from holdfast.attacks.iterative import IterativeGradient
+from holdfast.attacks.mim import MIM
+from holdfast.attacks.multi_targeted import MultiTargeted
 from holdfast.attacks.square import Square
+from holdfast.attacks.stepwise import Rows, StepwiseAttack
 from holdfast.attacks.transfer import Transfer
-from holdfast.evaluation.protocols import of_attacks
+from holdfast.evaluation.protocols import autoattack, of_attacks
 from holdfast.evaluation.robustness import Result
+from holdfast.evaluation.saturation import withstands_saturation
+from holdfast.functional import margin
 
 BALL = Linf(0.2)
 REFUSED = {
@@ -76,6 +85,9 @@ def test_every_defence_is_flagged_and_adds_nothing(name: str) -> None:
     for flag in ZOO[name].flag.split():
         if name == "steep sigmoids":  # around this network too few images vanish, but Square tells
             flag = "black-box-beats-white-box"
+        if name == "logits times a million":  # the targeted attack does not mind
+            assert flag not in raised
+            continue
         assert raised.get(flag) == ZOO[name].severity
     told = {flag["name"] for flag in found.summary["flags"]}
     assert told == set(raised)
@@ -93,6 +105,44 @@ def test_masked_gradients_flatter_and_are_found_out(name: str) -> None:
     broken_by = [row["attack"] or "" for row in found.rows if row["verdict"] == "broken"]
     assert sum(attack.startswith(("Square", "transfer")) for attack in broken_by) >= 0.1 * len(found.rows)
     assert "black-box-beats-white-box" in {flag.name for flag in found.flags}
+
+
+def test_saturation_is_told_where_it_flatters() -> None:
+    """Logits times 30 stop an attack on the cross-entropy, which says so, and no attack on the DLR loss."""
+    batch, network = digits(), honest_network(0.15)
+    sure = Around(network, after=lambda z: 30 * z).eval()
+
+    def found(model: nn.Module, *attacks: StepwiseAttack) -> Result:
+        return evaluate(model, batch.x, batch.y, threat=BALL, attack=of_attacks(attacks))
+
+    entropy, targeted = IterativeGradient(steps=20), APGD(steps=20, objective="targeted_dlr", targets=3)
+    alone, both = found(sure, entropy), found(sure, entropy, targeted)
+    assert alone.robust_accuracy >= found(network, entropy).robust_accuracy + 0.1
+    assert [flag.name for flag in alone.flags if flag.serious] == ["saturated-cross-entropy"]
+    assert both.robust_accuracy == pytest.approx(found(network, entropy, targeted).robust_accuracy, abs=0.02)
+    assert [flag.name for flag in both.flags] == ["few-images"]
+    short = found(sure, entropy, APGD(steps=5, objective="dlr"))
+    assert "saturated-cross-entropy" in {flag.name for flag in short.flags}  # six passes are no search
+
+
+def test_which_attacks_withstand_saturation() -> None:
+    """By their loss, not by their name."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Own(IterativeGradient):
+        power: int = 1
+
+        def loss(self, logits: Tensor, rows: Rows) -> Tensor:
+            if self.power == 0:
+                raise ValueError("an image of another size")
+            return -(margin(logits, rows.y) ** self.power)
+
+    for attack in (FAB(), FAB(targets=9), MultiTargeted(), CarliniWagnerL2(), APGD(objective="dlr"), Own()):
+        assert withstands_saturation([APGD(), attack])
+    for attack in (IterativeGradient(objective="margin", steps=1), Own(power=0), Square(), MIM()):
+        assert not withstands_saturation([APGD(), attack])
+    assert not withstands_saturation([])
+    assert all(withstands_saturation(autoattack(BALL, version).attacks) for version in ("standard", "plus", "rand"))
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

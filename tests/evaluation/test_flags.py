@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from holdfast import L1, L2, Batch, HoldfastError, Linf, View
 from holdfast.attacks.pgd import PGD
 from holdfast.evaluation.flags import FLAGS, Flag, as_dict, from_rows
+from holdfast.evaluation.probes import probe
+from holdfast.evaluation.protocols import autoattack
+from holdfast.keyed_random import Key
 from holdfast.threat import ThreatModel
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "flags"
@@ -94,6 +97,36 @@ def test_honest_variants_raise_nothing(honest: nn.Module, images: Batch) -> None
     grouped = Around(honest, after=lambda z: torch.stack([z[:, :5].logsumexp(1), z[:, 5:].logsumexp(1)], 1))
     assert probed(grouped.eval(), two) == {}
     assert probed(honest.double(), images) == {}
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-6, 1e-2, 100.0, 1e6, 1e25])
+def test_the_scale_of_the_logits_raises_nothing(scale: float, honest: nn.Module, images: Batch) -> None:
+    """Under attacks of which one does not depend on it."""
+    model = Around(honest, after=lambda z: scale * z).eval()
+    assert probe(model, images.x, images.y, BALL, key=Key(0), attacks=autoattack(BALL).attacks) == []
+
+
+@pytest.mark.parametrize("offset", [50.0, 1e6, -1e6])
+def test_an_offset_of_the_logits_raises_nothing(offset: float, honest: nn.Module, images: Batch) -> None:
+    """Though the largest rounds them to a sixteenth; nor where they are centred first, and rows have one sum."""
+    for before in (lambda z: z, lambda z: z - z.mean(1, keepdim=True)):
+        assert probed(Around(honest, after=lambda z, f=before: f(z) + offset).eval(), images) == {}
+
+
+@pytest.mark.parametrize("threat", [Linf(1 / 255), Linf(8 / 255), BALL], ids=str)
+def test_a_network_that_computes_in_bfloat16_raises_nothing(threat: ThreatModel, images: Batch) -> None:
+    """Steps whose promise is lost in its rounding are not asked."""
+
+    class Low(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = honest_network(0.15)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, dtype=torch.bfloat16):
+                return self.network(x).float()
+
+    assert probed(Low().eval(), images, threat) == {}
 
 
 # ------------------------------------------------------------------------------------------------------ finished rows
