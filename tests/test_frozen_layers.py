@@ -20,8 +20,11 @@ from holdfast.averages.swa import SWA
 from holdfast.compilation import compile_in_place
 from holdfast.errors import HoldfastError
 from holdfast.forward import Batch, View
+from holdfast.models.modes import kept_in_evaluation
 from holdfast.objectives.adversarial_training import AdversarialTraining
+from holdfast.progress_display import Display
 from holdfast.recipe import Recipe
+from holdfast.run_models import anew
 from holdfast.schedule import Progress
 from holdfast.step import AdversarialStep
 from holdfast.views.split_batchnorm import SplitBatchNorm
@@ -135,6 +138,11 @@ def test_further_networks_keep_theirs() -> None:
     assert int(guide[4].num_batches_tracked) == 1
 
 
+def test_a_network_that_is_drawn_anew_has_nothing_frozen() -> None:
+    drawn = anew(frozen(), 3).requires_grad_(True)
+    assert kept_in_evaluation(drawn) == frozenset()
+
+
 def test_reestimation_leaves_frozen_layers_alone() -> None:
     network = with_statistics(small_network()).eval()
     before = network[1].running_mean.clone(), network[4].running_mean.clone()
@@ -154,7 +162,16 @@ def test_a_whole_run(kind: str, tmp_path: Path) -> None:
         averages=(SWA(begin=0.0, period=1, buffers="adversarial"),),
         epochs=2,
     )
-    fit(recipe, toy(), network, out=tmp_path / "run", settings=FP32)
+    said: list[str] = []
+
+    class Heard(Display):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    fit(recipe, toy(), network, out=tmp_path / "run", settings=FP32, display=Heard())
+    assert [line for line in said if "evaluation mode" in line] == [
+        "2 modules stay in evaluation mode while the others train, as the model has it: 1, 1.aux"
+    ]
     weights = load_file(tmp_path / "run" / "last" / "model.safetensors")
     before = network.state_dict()
     assert torch.equal(weights["1.running_mean"], before["1.running_mean"])

@@ -15,6 +15,8 @@ from conftest import small_batch, small_network
 from holdfast import recipes
 from holdfast.attacks.base import AttackWithMemory
 from holdfast.attacks.pgd import PGD
+from holdfast.data.images import Images
+from holdfast.evaluation.accuracy import accuracies
 from holdfast.forward import View
 from holdfast.functional import cross_entropy
 from holdfast.low_precision import weights_cast_once
@@ -208,3 +210,32 @@ def test_a_compiled_network_is_tried_uncompiled() -> None:
     model._compiled_call_impl = compiled = lambda x: pytest.fail("compiled for two images")
     assert weights_cast_once(View(model), small_batch().x[:2])
     assert model._compiled_call_impl is compiled
+
+
+def test_validation_in_low_precision_tries_once_and_gives_the_same() -> None:
+    model, batch = small_network().eval(), small_batch(rows=24)
+    images = Images((batch.x.permute(0, 2, 3, 1) * 255).to(torch.uint8), batch.y)
+    names = weights_cast_once(View(model), batch.x[:2])
+    found, used = [], []
+
+    class Watched(View):
+        def detached(self) -> View:
+            used.append(self.cast_once)
+            return super().detached()
+
+    for answer in (frozenset[str](), names):
+        with (
+            patch("holdfast.evaluation.accuracy.weights_cast_once", return_value=answer) as tried,
+            patch("holdfast.evaluation.accuracy.View", Watched),
+        ):
+            attack = PGD(steps=3, early_stop=0)
+            found.append(
+                accuracies(model, images, threat=Linf(0.02), attack=attack, batch_size=9, autocast="bf16").as_dict()
+            )
+            assert tried.call_count == 1
+            assert set(used) == {answer}
+            used.clear()
+            accuracies(model, images, threat=Linf(0.02), attack=attack, autocast="fp32")
+            assert tried.call_count == 1
+            used.clear()
+    assert found[0] == found[1]

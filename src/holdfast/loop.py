@@ -64,6 +64,12 @@ class Loop:
         for transform in self.recipe.views:
             for note in transform.notes:
                 display.say(note)
+        kept = sorted(getattr(self.step, "in_evaluation", {}).get("", ()))
+        if kept:
+            shown = f"{', '.join(kept[:3])}{' …' if len(kept) > 3 else ''}"
+            display.say(
+                f"{len(kept)} modules stay in evaluation mode while the others train, as the model has it: {shown}"
+            )
         self.module: nn.Module = self.step  # type: ignore[assignment]  # a step is a module; the protocol cannot say so
         self.module.to(setup.device)
         self.optimizers = list(self.step.optimizers())

@@ -196,7 +196,7 @@ def further_copy(network: nn.Module) -> nn.Module:
 
 def anew(network: nn.Module, seed: int) -> nn.Module:
     """A copy whose layers have drawn new weights, where they know how to."""
-    copied = copy.deepcopy(network)
+    copied = copy.deepcopy(network).train()  # what was frozen there has nothing to keep here
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in copied.modules():
