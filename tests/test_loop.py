@@ -634,8 +634,9 @@ def test_any_module(tmp_path: Path) -> None:
     """No BatchNorm, no name, no method but forward; it comes back with the weights on the caller's architecture."""
     run = fit(tiny_recipe(), toy(), nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), out=tmp_path / "run", settings=FP32)
     assert run.summary["model"] == "torch.nn.modules.container.Sequential"
-    with pytest.raises(HoldfastError, match=r"pass it as load_model\(path, model=…\)"):
-        run.model()
+    assert torch.equal(run.model()[1].weight, weights(run.path)["1.weight"])
+    with pytest.raises(HoldfastError, match=r"of your own, given from Python: load it by load_model\('.*', model=THE"):
+        holdfast.load_model(run.path)
     model = holdfast.load_model(run.path, model=nn.Sequential(nn.Flatten(), nn.Linear(64, 4)))
     assert torch.equal(model[1].weight, weights(run.path)["1.weight"])
 

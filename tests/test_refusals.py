@@ -147,7 +147,10 @@ def test_epsilon_8(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (("16 * width, num_classes", "16 * width, num_classes + 1"), "must be (8, 4)"),
         (("16 * width, num_classes", "15 * width, num_classes"), "cannot run on images of shape (1, 8, 8)"),
         (("return self.body(x - 0.5)", "return self.body(x - 0.5)[0]"), "instead of logits (B, K)"),
-        (("return self.body(x - 0.5)", "return [self.body(x)]"), "the model returned list"),
+        (
+            ("return self.body(x - 0.5)", "return [x, self.body(x), x.flatten(1)]"),
+            "and which of it are the logits is not",
+        ),
         (("return self.body(x - 0.5)", "return self.body(x) / 0"), "logits are NaN or infinite on the first images"),
         (("return Net(num_classes, channels, width)", "return 3"), "must return a torch.nn.Module"),
         (("def make(", "def mkae("), "has no function 'make': did you mean mkae?"),

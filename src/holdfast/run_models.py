@@ -85,6 +85,8 @@ def build_model(
     else:
         network, spec = _named_model(model, dataset, training, seed, options)
         require_trainable(network)
+        if isinstance(model, OwnCode) or names_code(model):
+            network = own_copy(network)  # a run takes further copies of it
         notes = ()
     weights = Key(seed).fold("lazy layers' initial weights").torch_seed
     notes += initialise(network, to_pixels(training.pixels[:2].cpu()), weights)

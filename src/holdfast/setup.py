@@ -122,8 +122,8 @@ def prepare(
     if precision == "auto":
         precision = "bf16" if supports_bf16(device) else "fp32"
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    parts = {name: getattr(recipe, name) for name in ("attack", "objective", "views", "averages", "networks")}
-    recipe = replace(recipe, **copy.deepcopy(parts))  # the caller's own stay as they are
+    parts = {name: getattr(recipe, name) for name in ("attack", "objective", "views", "averages")}
+    recipe = replace(recipe, **copy.deepcopy(parts))  # the caller's own stay as they are; networks are copied below
     training, validation = hold_out(dataset, settings, seed)
     batch_size = min(recipe.batch_size, len(training))
     flip = dataset.flip if settings.flip is None else settings.flip

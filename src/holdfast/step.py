@@ -48,7 +48,7 @@ class AdversarialStep(nn.Module):
 
     Args:
         recipe: The method.
-        model: Pixels in [0, 1] to logits. `nn.DataParallel` and what `torch.compile` returns are taken off.
+        model: Pixels in [0, 1] to logits. A wrapper such as `nn.DataParallel` is taken off.
         precision: ``"bf16"`` runs the network under autocast; losses stay in float32. ``"fp32"`` and ``"fp64"`` run it
             in the weights' own type.
         check_finite: Look at every term before it is returned, and raise if one is not finite. It makes an

@@ -122,7 +122,7 @@ def _pixel_range(x: Tensor) -> Flag | None:
 
 def _train_mode(model: nn.Module) -> Flag | None:
     modules = list(model.modules())
-    training = sum(module.training for module in modules)
+    training = sum(getattr(module, "training", False) for module in modules)  # frozen TorchScript has no mode
     if training == 0:
         return None
     return Flag(

@@ -93,9 +93,14 @@ def own_copy(model: nn.Module) -> nn.Module:
             return unwrap_in_place(copy.deepcopy(unwrapped(model), memo))
     except Exception as error:  # whatever a person's own attributes raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if "graph leaves" in reason:
+            raise HoldfastError(
+                "the model cannot be copied by copy.deepcopy, because it keeps a tensor that was computed with a"
+                " gradient: keep it detached; in place of torch.nn.utils.weight_norm, which keeps one, use"
+                " torch.nn.utils.parametrizations.weight_norm"
+            ) from error
         raise HoldfastError(
-            f"the model cannot be copied by copy.deepcopy ({reason}): keep no computed tensors, files or locks as"
-            " attributes of it, or name the function that makes it, path/to/file.py:function"
+            f"the model cannot be copied by copy.deepcopy ({reason}): keep no open files, locks or generators in it"
         ) from error
 
 
@@ -211,15 +216,18 @@ def without_inference_tensors(model: nn.Module) -> nn.Module:
 
 
 def for_training(model: nn.Module) -> nn.Module:
-    """Return the network whose own parameters a training step works on, without a wrapper.
+    """Return the network whose own parameters a training step works on, without `nn.DataParallel`.
+
+    What `torch.compile` returned is left as it is: it runs like any other network, and faster than what is inside.
 
     Args:
         model: Pixels in [0, 1] to logits.
     Raises:
         HoldfastError: it is TorchScript, has lazy layers without weights, or was made under `torch.inference_mode`.
     """
-    model = unwrapped(model)
-    if is_scripted(model):
+    while isinstance(model, _DATA_PARALLEL):
+        model = model.module
+    if is_scripted(unwrapped(model)):
         raise HoldfastError(_SCRIPTED)
     require_initialised(model)
     if _has_inference_tensors(model):
@@ -250,4 +258,4 @@ _SCRIPTED = (
 
 
 def _has_inference_tensors(model: nn.Module) -> bool:
-    return any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+    return any(not is_lazy(tensor) and tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))

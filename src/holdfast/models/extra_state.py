@@ -6,13 +6,14 @@ Tensors are saved with the weights. Plain values go into the description of a mo
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.parsing import through_json
+from holdfast.parsing import parse_json
 
 _SUFFIX = "_extra_state"  # torch's own name for such an entry of a state
 _MOST = 1 << 20  # characters of all plain values together; config.json holds them
@@ -44,8 +45,8 @@ def parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
     values = {name: value for name, value in state.items() if name not in tensors}
     for name, value in values.items():
         try:
-            same = _same(through_json(value), value)
-        except (TypeError, ValueError, RecursionError):
+            same = _same(parse_json(json.dumps(value, allow_nan=False), "it"), value)
+        except (HoldfastError, TypeError, ValueError, RecursionError):
             same = False
         if not same or len(repr(value)) > _MOST:
             owner = name.removesuffix(_SUFFIX).removesuffix(".") or "the model itself"
@@ -57,7 +58,7 @@ def parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, in their types too: JSON makes a list of a tuple, and text of every key."""
+    """Whether two values are equal, in their types too: JSON makes lists of tuples, and text of every key."""
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):

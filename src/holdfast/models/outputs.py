@@ -52,7 +52,9 @@ def told(output: Any) -> str | None:
     """
     if isinstance(output, Tensor):
         return None
-    return f"the model returns {_named(output)}: {_found(output)[0]} is taken as the logits, and the rest is left out"
+    place = _found(output)[0]
+    rest = "" if isinstance(output, (tuple, list, Mapping)) and len(output) == 1 else ", and the rest is left out"
+    return f"the model returns {_named(output)}: {place} is taken as the logits{rest}"
 
 
 def tell_in_training(model: nn.Module, say: Callable[[str], None]) -> None:
