@@ -1,4 +1,4 @@
-"""Random state, training flags and gradients: left as they were, and begun anew so that two runs can be compared."""
+"""Random state, training flags and gradients: left as they were; draws begun anew to compare two runs of a model."""
 
 from __future__ import annotations
 

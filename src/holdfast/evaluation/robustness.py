@@ -291,7 +291,7 @@ class Plan:
         every += flags.from_rows(rows, threat=self.threat) if self.probe else []
         told = [flags.as_dict(flag) for flag in every]
         summary = results.summarize(rows, protocol, told)
-        summary["passes"]["checking"] = (sight.forward + sight.backward) / max(1, len(rows))
+        summary["passes"]["checking"] = sight.passes / max(1, len(rows))
         summary = {**summary, "about": protocol["about"], "notes": protocol["notes"]}
         log = results.log(summary, protocol) + "".join(f"note: {note}\n" for note in protocol["notes"])
         with distributed.refused_together():

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from holdfast.evaluation.agreement import HALF, gradients_apart, logits_apart, moved
+from holdfast.errors import HoldfastError
+from holdfast.evaluation.agreement import FULL, HALF, gradients_apart, logits_apart, moved
 from holdfast.evaluation.flags import Flag
 from holdfast.evaluation.networks import Deciding, Pass, SearchFailed, Searching, Trouble
-from holdfast.evaluation.paths import undisturbed
+from holdfast.evaluation.paths import told, undisturbed
 from holdfast.keyed_random import Key
 
 ROWS = 8  # of a pass, at most
@@ -36,10 +37,13 @@ class Sight:
         size: The largest batch that still worked, where larger ones did not (0: all did), and why.
         failed: Attacks that ended because the network could not be run any more, and why.
         logits: Rows whose logits were compared, and those that were apart.
-        gradients: Rows whose gradients were compared, those that were apart, and those where the search had none.
+        gradients: Rows whose gradients were compared, those that were apart, those where the search's was exactly
+            zero, and those of them where the model's was not, which no rounding does.
         again: Rows that were asked again at the end, and those that were answered otherwise than at the start.
         forward: Passes made for looking, of one image each.
         backward: Likewise.
+        start_forward: Passes made for the comparison at the start, which every unit names and is counted once.
+        start_backward: Likewise.
     """
 
     starts: list[str] = field(default_factory=list)
@@ -54,11 +58,19 @@ class Sight:
     gradients: int = 0
     gradients_apart: int = 0
     gradients_zero: int = 0
+    gradients_lost: int = 0
     again: int = 0
     again_apart: int = 0
     share: float = 0.0
     forward: int = 0
     backward: int = 0
+    start_forward: int = 0
+    start_backward: int = 0
+
+    @property
+    def passes(self) -> int:
+        """All passes made for looking."""
+        return self.forward + self.backward + self.start_forward + self.start_backward
 
     def add(self, other: Sight) -> None:
         """Take in what another one saw."""
@@ -67,13 +79,16 @@ class Sight:
         for name in ("cut_says", "size_says", "failed_says"):
             setattr(self, name, getattr(self, name) or getattr(other, name))
         self.size = min((size for size in (self.size, other.size) if size), default=0)
-        self.share = max(self.share, other.share)
+        for name in ("share", "start_forward", "start_backward"):
+            setattr(self, name, max(getattr(self, name), getattr(other, name)))
         for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-COUNTS = ("cut", "logits", "logits_apart", "gradients", "gradients_apart", "gradients_zero", "again", "again_apart",
-          "forward", "backward")  # fmt: skip
+COUNTS = (
+    "cut", "logits", "logits_apart", "gradients", "gradients_apart", "gradients_zero", "gradients_lost", "again",
+    "again_apart", "forward", "backward",
+)  # fmt: skip
 
 
 def as_dict(sight: Sight) -> dict[str, Any]:
@@ -105,6 +120,15 @@ def together(sights: Iterable[Mapping[str, Any]]) -> Sight:
     return whole
 
 
+class _Compared(NamedTuple):
+    """Rows, (R,) bool: logits apart, a gradient was asked for, it is another one, it is exactly zero."""
+
+    apart: Tensor
+    asked: Tensor
+    off: Tensor
+    zero: Tensor
+
+
 class Watch:
     """What looks at the searches of one process.
 
@@ -120,10 +144,10 @@ class Watch:
         judge = searching.judge
         self.tolerance = HALF if searching.low else judge.tolerance
         self.first: tuple[Tensor, Tensor | None] | None = None
-        self.start_passes = judge.passes  # told once, with the first unit
         self.begin(0)
         if looks:
             self.first = self._ask_first()
+        self.start = judge.passes[0] + self.sight.forward, judge.passes[1] + self.sight.backward
 
     def begin(self, unit: int) -> None:
         """A unit begins."""
@@ -161,21 +185,30 @@ class Watch:
         Shapes:
             point: (R, C, H, W).
         """
-        order = torch.randperm(
-            len(point), generator=torch.Generator().manual_seed(self.attack_key.fold("rows", self.count).torch_seed)
-        )
-        some = order[: max(1, min(ROWS, len(point) // EVERY))].to(point.device)
+        some = self._some(len(point)).to(point.device)
         weights = self._weights(done, loss)
         with undisturbed(self.searching.judge.model, point.device):
-            apart, off = self._compared(point, done, weights, some, needs)
+            seen = self._compared(point, done, weights, some, needs)
+            self.sight.logits += len(some)
+            self.sight.gradients += int(seen.asked.sum())
+            self.sight.gradients_zero += int((seen.asked & seen.zero).sum())
+            apart, off = seen.apart, seen.off
             if bool((apart | off).any()):
                 self.second_looks += 1
                 again = self._moved_pass(point, weights, done, fast=fast)
                 if again is not None:
-                    still, still_off = self._compared(again[0], again[1], again[2], some, needs, count=False)
-                    apart, off = apart & still, off & still_off
+                    second = self._compared(*again, weights, some, needs)
+                    apart, off = apart & second.apart, off & second.off
         self.sight.logits_apart += int(apart.sum())
         self.sight.gradients_apart += int(off.sum())
+        self.sight.gradients_lost += int((off & seen.zero).sum())
+
+    def _some(self, count: int) -> Tensor:
+        """Places of the rows that are looked at; sometimes an even number of them, sometimes an odd one."""
+        key = self.attack_key.fold("rows", self.count)
+        most = max(1, min(ROWS, count // EVERY))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(key.torch_seed))
+        return order[: max(1, most - key.value % 2)]
 
     def _weights(self, done: Pass, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """What the loss's gradient weighs the logits with: a gradient of all logits is weighed at random."""
@@ -189,46 +222,39 @@ class Watch:
                 return torch.zeros_like(done.logits)
             return torch.autograd.grad(value.sum(), logits)[0]
 
-    def _compared(
-        self, point: Tensor, done: Pass, weights: Tensor, some: Tensor, needs: Tensor, *, count: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Which of some rows have logits apart, and which a gradient."""
-        sight, few = self.sight, point[some]
-        logits = self.deciding(few)
-        sight.forward += len(few)
+    def _compared(self, point: Tensor, done: Pass, weights: Tensor, some: Tensor, needs: Tensor) -> _Compared:
+        """Some rows of a pass beside the deciding network."""
+        few, weights = point[some], weights[some]
+        never = torch.zeros(len(some), dtype=torch.bool, device=point.device)
+        try:
+            logits = self.deciding(few)
+        except HoldfastError:  # it cannot run so few: the probes say so
+            return _Compared(never, never, never, never)
+        self.sight.forward += len(few)
         apart = logits_apart(done.logits[some], logits) > self.tolerance.logits
-        off = torch.zeros_like(apart)
-        asked = needs.to(point.device)[some] & (weights[some] != 0).any(1)
-        if count:
-            sight.logits += len(few)
+        asked = needs.to(point.device)[some] & (weights != 0).any(1)
         if done.gradient is None or not bool(asked.any()):
-            return apart, off
+            return _Compared(apart, never, never, never)
         gradient = done.gradient[some]
         if gradient.dim() == 5:
-            gradient = (gradient * weights[some].view(*weights[some].shape, 1, 1, 1)).sum(1)
-        wanted = self._bare(few, weights[some])
+            gradient = (gradient * weights.view(*weights.shape, 1, 1, 1)).sum(1)
+        off, wanted = never, self._bare(few, weights)
         if wanted is not None:
-            off = asked & (gradients_apart(gradient, wanted, weights[some], logits) > self.tolerance.gradients)
-        if count:
-            sight.gradients += int(asked.sum())
-            sight.gradients_zero += int((asked & (gradient == 0).flatten(1).all(1)).sum())
-        return apart, off
+            off = asked & (gradients_apart(gradient, wanted, weights, logits) > self.tolerance.gradients)
+        return _Compared(apart, asked, off, (gradient == 0).flatten(1).all(1))
 
     def _bare(self, x: Tensor, weights: Tensor) -> Tensor | None:
         """The bare network's gradient; None where it has none here."""
         try:
             wanted = self.searching.judge.gradient(x, weights)
-        except RuntimeError as error:
-            if "out of memory" in str(error):
-                raise
+        except Exception as error:  # whatever a person's code raises
+            told(error)
             return None
         self.sight.forward += len(x)
         self.sight.backward += len(x)
         return wanted
 
-    def _moved_pass(
-        self, point: Tensor, weights: Tensor, done: Pass, *, fast: bool
-    ) -> tuple[Tensor, Pass, Tensor] | None:
+    def _moved_pass(self, point: Tensor, weights: Tensor, done: Pass, *, fast: bool) -> tuple[Tensor, Pass] | None:
         """The search's answer to points a little aside, where no pixels are tied and no unit is just at its kink."""
         aside = moved(point, self.attack_key.fold("aside", self.count))
         want = "logits" if done.gradient is None else "gradient"
@@ -242,7 +268,7 @@ class Watch:
             self.searching.trouble = trouble
         self.sight.forward += len(point)
         self.sight.backward += len(point) if want == "gradient" else 0
-        return aside, again, weights
+        return aside, again
 
     def _ask_first(self) -> tuple[Tensor, Tensor | None]:
         """What the search answers to a few of the points that it was compared on."""
@@ -263,8 +289,7 @@ class Watch:
         sight.cut, sight.cut_says = trouble.cut, trouble.why
         sight.size, sight.size_says = trouble.size, trouble.fails
         sight.share = self.tolerance.share
-        sight.forward, sight.backward = sight.forward + self.start_passes[0], sight.backward + self.start_passes[1]
-        self.start_passes = [0, 0]
+        sight.start_forward, sight.start_backward = self.start
         return sight
 
     def _again(self, logits: Tensor, gradient: Tensor | None) -> None:
@@ -312,17 +337,18 @@ def flags_of(sight: Sight, raised: Sequence[Flag] = ()) -> list[Flag]:
 def _differs(sight: Sight) -> Flag | None:
     """The search ran on another network than the one that decides."""
     says = list(sight.starts)
-    for what, apart, n in (
-        ("logits", sight.logits_apart, sight.logits),
-        ("gradients", sight.gradients_apart, sight.gradients),
+    for what, apart, n, share in (
+        ("logits are not those of the model", sight.logits_apart, sight.logits, sight.share),
+        ("gradients are not those of the model", sight.gradients_apart, sight.gradients, sight.share),
+        ("gradient is zero and that of the model is not", sight.gradients_lost, sight.gradients, FULL.share),
     ):
-        if apart >= 2 and apart > sight.share * n:
-            says.append(f"at {apart} of {n} visited points its {what} are not those of the model")
+        if apart >= 2 and apart > share * n:
+            says.append(f"at {apart} of {n} visited points its {what}")
     if sight.again_apart >= 2:
         says.append(f"{sight.again_apart} of {sight.again} points are answered otherwise at the end than at the start")
     if not says:
         return None
-    counts = ("logits", "logits_apart", "gradients", "gradients_apart", "again", "again_apart")
+    counts = ("logits", "logits_apart", "gradients", "gradients_apart", "gradients_lost", "again", "again_apart")
     told = f"the search saw another network than the one that decides: {'; '.join(says)}"
     return Flag("search-differs", told, "serious", {name: getattr(sight, name) for name in counts})
 
