@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from holdfast.errors import Damaged, HoldfastError
 from holdfast.models.factory import build, shapes
@@ -20,6 +21,7 @@ from holdfast.regular_files import is_regular
 from holdfast.runs.description import check_description
 from holdfast.runs.digests import checked_bytes
 from holdfast.runs.files import read_json, write_json, write_whole
+from holdfast.runs.fitting import load_fitting
 from holdfast.runs.own_code import write_code
 from holdfast.runs.weights_header import weight_shapes
 
@@ -80,15 +82,13 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise Damaged(f"{file} is damaged ({type(error).__name__})", _ADVICE) from error
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    """Put weights into a model.
+def load_weights(model: nn.Module, state: Mapping[str, Any], source: Path) -> tuple[str, ...]:
+    """Put weights from anywhere into a model, and return what should be told; see `holdfast.runs.fitting`.
 
     Raises:
         HoldfastError: names or shapes differ; the first few are told.
     """
-    own = model.state_dict()
-    _require_same_shapes({name: tensor.shape for name, tensor in own.items()}, state, source)
-    model.load_state_dict(dict(state))
+    return load_fitting(model, state, source)
 
 
 def _require_same_shapes(own: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], source: Path) -> None:
@@ -158,8 +158,14 @@ def load_model(
             _require_same_shapes(shapes(**spec), weights, folder / WEIGHTS)
         with trusting(trust_code):
             model = rebuild(description, folder)
+    own = {name: value.shape for name, value in model.state_dict().items() if _has_shape(value)}
+    _require_same_shapes(own, {name: weights[name] for name in weights if name in own}, folder / WEIGHTS)
     load_weights(model, weights, folder / WEIGHTS)
     return model.eval()
+
+
+def _has_shape(value: object) -> bool:
+    return isinstance(value, Tensor) and not is_lazy(value)
 
 
 def own_code_of(description: Mapping[str, Any], folder: Path) -> OwnCode | None:
