@@ -18,7 +18,8 @@ _WRAPPERS = ("module", "_orig_mod")
 _FAMILIAR = (*_WRAPPERS, "model", "net", "network")
 """Attributes that training code keeps its network in."""
 _DEEPEST, _LONGEST = 6, 500
-_NORMALISATION = re.compile(r"(^|[._])(mean|std|mu|sigma)$")
+_NORMALISATION = re.compile(r"(^|\.)_?((pixel|image|img|input|data|norm|channel)_)?(mean|std|mu|sigma)$")
+"""Constants that images are normalised by; never a BatchNorm's `running_mean`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def without_prefixes(state: Mapping[str, Any], own: Mapping[str, Any]) -> Match:
         ({'fc.weight': 1}, 'model.', ('module.loss.x',))
     """
     if all(name in state for name in own):
-        return Match({name: state[name] for name in own}, tuple(name for name in state if name not in own))
+        left = {name: name for name in state if name not in own}
+        return Match({name: state[name] for name in own}, *_parted(left, _kept_in(own)))
     theirs, ours = _bare_names(state), _bare_names(own)
     tried = []
     for removed in _beginnings(theirs, min(len(theirs), len(ours))):
@@ -69,17 +71,30 @@ def without_prefixes(state: Mapping[str, Any], own: Mapping[str, Any]) -> Match:
             tried.append(((len(fits), same, *_plainness(removed), *_plainness(added)), removed, added, fits))
     (count, same, *_), removed, added, fits = max(tried, key=lambda one: one[0])
     used = set(fits.values())
-    left = [(bare, name) for bare, name in theirs.items() if name not in used]
+    left = {bare: name for bare, name in theirs.items() if name not in used}
+    unknown, outside = _parted(left, removed or _kept_in([_bare(name) for name in fits]))
     return Match(
         state={name: state[found] for name, found in fits.items()},
-        unknown=tuple(name for bare, name in left if bare.startswith(removed)),
-        outside=tuple(name for bare, name in left if not bare.startswith(removed)),
+        unknown=unknown,
+        outside=outside,
         removed=removed if count else "",
         added=added if count else "",
         others=tuple(
             sorted({other for rank, other, _, _ in tried if rank[:2] == (count, same) and count and other != removed})
         ),
     )
+
+
+def _kept_in(names: Collection[str]) -> str:
+    """The attribute that all names say the network is kept in: its file is of code that keeps more beside it."""
+    first = {name.partition(".")[0] for name in names}
+    return f"{first.pop()}." if len(first) == 1 and first <= set(_FAMILIAR) else ""
+
+
+def _parted(left: Mapping[str, str], beginning: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names that the network does not have, and those that lie beside it, by their bare names."""
+    unknown = tuple(name for bare, name in left.items() if bare.startswith(beginning))
+    return unknown, tuple(name for bare, name in left.items() if not bare.startswith(beginning))
 
 
 def _bare_names(names: Collection[str]) -> dict[str, str]:
@@ -134,8 +149,8 @@ def load_fitting(model: nn.Module, state: Mapping[str, Any], source: object) -> 
     problems = _misfits(match.state, own, missing, unknown)
     if problems:
         raise HoldfastError(
-            f"the weights in {source} do not fit the model: {'; '.join(problems)}; give the same --model and image size"
-            " as they were trained with"
+            f"the weights in {source} do not fit the model: {'; '.join(problems)}; give the same --model, image size"
+            " and classes as they were trained with"
         )
     if match.others and not _is_familiar(match):
         raise HoldfastError(
@@ -183,7 +198,7 @@ def _misfits(
     """What does not fit, a phrase for each kind."""
     problems = []
     if missing:
-        problems.append(f"{len(missing)} of its {len(own)} tensors are missing ({_few(missing)})")
+        problems.append(f"of its {len(own)} tensors the file lacks {len(missing)} ({_few(missing)})")
     shapes = [(name, _shape(state[name]), _shape(own[name])) for name in own if name in state]
     other = [(name, *both) for name, *both in shapes if None not in both and both[0] != both[1]]
     if other:
@@ -191,7 +206,7 @@ def _misfits(
         more = f" and {len(other) - 1} more" if len(other) > 1 else ""
         problems.append(f"{_few([name])} is {_sides(theirs)} in the file and {_sides(ours)} in the model{more}")
     if unknown:
-        problems.append(f"{len(unknown)} are unknown to it ({_few(unknown)})")
+        problems.append(f"{_counted(unknown)} it does not know ({_few(unknown)})")
     kinds = [(name, value, own[name]) for name, value in state.items()]
     odd = [(name, value) for name, value, ours in kinds if _is_other_kind(name, value, ours)]
     if odd:
@@ -219,7 +234,7 @@ def _casts(state: Mapping[str, Any], own: Mapping[str, Any], source: object) -> 
         if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != own[name].dtype
     )
     return [
-        f"{source}: {count} of {len(state)} tensors are {theirs} and are cast to {ours}"
+        f"{source}: {count} of {len(state)} tensors cast from {theirs} to {ours}"
         for (theirs, ours), count in cast.items()
     ]
 
@@ -233,9 +248,13 @@ def _passed_over(match: Match, state: Mapping[str, Any], source: object) -> list
             f"{source} normalises its images by {_few(values)}, which the model has no place for: see to it that the"
             " model itself normalises so"
         )
-    beside = [name for name in match.outside if name not in constants and not _may_be_unknown(name, state[name])]
+    beside = [
+        name
+        for name in match.outside
+        if not _may_be_unknown(name, state[name]) and not _bare(name).startswith(match.others or ("\0",))
+    ]
     if beside:
-        notes.append(f"{source}: {len(beside)} tensors beside {match.removed}… are left out ({_few(beside)})")
+        notes.append(f"{source}: {_counted(beside)} that the model does not know left out ({_few(beside)})")
     if match.others and _is_familiar(match):
         notes.append(
             f"{source}: {match.removed}… is taken; {_few(match.others)} would fit too: {source}:"
@@ -257,6 +276,10 @@ def _few(names: Sequence[str], most: int = 3) -> str:
     """The first few names, in one line, each cut where it is long."""
     shown = ", ".join(repr(name[:100])[1:-1] for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'' if len(names) == 1 else 's'}"
 
 
 def _sides(shape: tuple[int, ...] | None) -> str:

@@ -109,7 +109,7 @@ def foreign_weights(source: str | Path) -> ForeignWeights:
             raise HoldfastError(whole_network(path, networks[0])) from None
         raise
     if passed_over:
-        notes.append(f"{path}: {listed(passed_over)} beside the weights were passed over, and nothing was run")
+        notes.append(f"{path}: passed over beside the weights, and not run: {listed(passed_over)}")
     return ForeignWeights(_plain(state, path, notes), tuple(notes))
 
 
@@ -159,7 +159,8 @@ def unwrapped(content: object, key: str | None = None, file: object = "the file"
         first = _distinct(best, others[0])
         raise HoldfastError(f"{file} holds several states, {_told([best, *others])}: choose with {file}:{first}")
     if not others:
-        return dict(state), []
+        averaged = any(_AVERAGED.search(key) for key in best)
+        return dict(state), [f"{file}: {_told([best])} is taken, averaged weights: it holds no others"] * averaged
     other = _distinct(others[0], best)
     return dict(state), [
         f"{file} holds several states: {_told([best])} is taken, {_told(others)} is not; {file}:{other} takes that"
@@ -244,5 +245,5 @@ def _plain(state: Mapping[str, Any], file: Path, notes: list[str]) -> dict[str, 
         else:
             left.append(name)
     if left:
-        notes.append(f"{file}: {listed(left)} among the weights is no tensor and is left out")
+        notes.append(f"{file}: no tensor, and left out: {listed(left)}")
     return kept

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import _compat_pickle
 import json
+import pickle
 import shlex
 import sys
 import warnings
@@ -32,10 +33,22 @@ _LEFT_TO_TORCH = ("torch", "torch._tensor", "torch._utils", "torch.cuda", "torch
 _READ_BY_TORCH = ("collections.OrderedDict", "collections.Counter", "_codecs.encode")
 _PLAIN_BUILTINS = ("bool", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set", "slice",
                    "str", "tuple")  # fmt: skip
-_HARMLESS_MODULES = ("argparse", "datetime", "decimal", "enum", "fractions", "pathlib", "types", "uuid")
+_HARMLESS_MODULES = (
+    "argparse",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "enum",
+    "fractions",
+    "pathlib",
+    "types",
+    "typing",
+    "uuid",
+)
 _HARMLESS = {
     *(f"builtins.{name}" for name in _PLAIN_BUILTINS),
-    *("collections.defaultdict", "collections.deque", "copyreg._reconstructor", "functools.partial"),
+    *("collections.defaultdict", "collections.deque", "copyreg.__newobj_ex__", "copyreg._reconstructor"),
+    "functools.partial",
 }
 
 
@@ -61,6 +74,7 @@ def torch_content(file: Path) -> TorchContent:
         HoldfastError: it is missing, damaged, no file of `torch.save`, or asks for something that weights do not need.
     """
     try:
+        _require_torch_file(file)
         names = {_modern(name) for name in require_plain_torch_file(file)}
         _require_whole(file)
     except FileNotFoundError:
@@ -70,15 +84,26 @@ def torch_content(file: Path) -> TorchContent:
         raise HoldfastError(_blocked(file, names, blocking))
     strangers = sorted(name for name in names if not _is_torchs(name) and name not in blocking)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_stand_ins(strangers)):
-            warnings.simplefilter("ignore")  # another pickle protocol: it can be read or it cannot
-            value = torch.load(file, map_location="cpu", weights_only=True)
+        value = _loaded(file, strangers)
     except Exception as error:  # a damaged file raises anything from EOFError to AttributeError
         if _holds_network(names):
             raise HoldfastError(whole_network(file, ())) from None
         raise HoldfastError(_unreadable(file, names, strangers, error)) from None
     foreign = tuple(name for name in strangers if not _is_harmless(name))
     return TorchContent(value, foreign, tuple(_networks(value)))
+
+
+def _loaded(file: Path, strangers: list[str]) -> Any:
+    """What torch's reader for weights alone makes of a file, with stand-ins for some names."""
+    for filled in (_Empty, _Nothing):
+        try:
+            with warnings.catch_warnings(), torch.serialization.safe_globals(_stand_ins(strangers, filled)):
+                warnings.simplefilter("ignore")  # another pickle protocol: it can be read or it cannot
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, TypeError, ValueError, AttributeError):
+            if filled is _Nothing or not strangers:
+                raise
+    raise AssertionError  # the second attempt returns or raises
 
 
 def whole_network(file: Path, place: Collection[str]) -> str:
@@ -161,12 +186,12 @@ class _EmptyList:
         return []
 
 
-def _stand_ins(names: Collection[str]) -> list[Any]:
-    """Pairs of a stand-in and the name that it answers to."""
-    pairs: list[tuple[type, str]] = []
+def _stand_ins(names: Collection[str], filled: type) -> list[Any]:
+    """Pairs of a stand-in and the name that it answers to; `filled` stands for classes of other packages."""
+    special = {"collections.deque": _EmptyList, "collections.defaultdict": _Empty, "copyreg.__newobj_ex__": filled}
+    pairs = []
     for name in names:
-        kind = _Nothing if _is_harmless(name) else _Empty
-        kind = {"collections.deque": _EmptyList, "collections.defaultdict": _Empty}.get(name, kind)
+        kind = special.get(name, _Nothing if _is_harmless(name) else filled)
         pairs.append((type(kind.__name__, (kind,), {}), name))
     return pairs
 
@@ -183,6 +208,23 @@ def _networks(value: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ..
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
+
+
+_OTHER_KINDS = (
+    (257, b"ustar", "is a tar archive: unpack it, and give the file of weights in it"),
+    (0, b"\x1f\x8b", "is packed with gzip: unpack it"),
+    (0, b"\x89HDF", "is an HDF5 file, which other libraries write: save the weights with torch.save"),
+    (8, b"{", "is a .safetensors file by another name: rename it"),
+)
+
+
+def _require_torch_file(file: Path) -> None:
+    """Refuse what begins like a file of another kind."""
+    with open_regular(file) as content:
+        head = content.read(512)
+    for place, beginning, told in _OTHER_KINDS:
+        if head[place:].startswith(beginning) and not head.startswith(b"PK"):
+            raise HoldfastError(f"{file} {told}")
 
 
 def _require_whole(file: Path) -> None:
@@ -209,14 +251,17 @@ def _blocked(file: Path, names: Collection[str], blocking: list[str]) -> str:
 
 
 def _unreadable(file: Path, names: Collection[str], strangers: list[str], error: Exception) -> str:
+    if "Unsupported operand" in str(error):
+        return f"{file} was saved with a pickle protocol that weights are not read in: save it without pickle_protocol"
     if not _holds_tensors(names):
         return f"{file} holds no weights ({type(error).__name__}): save model.state_dict()"
-    if "Unsupported operand" in str(error):
-        return f"{file} holds weights, saved with another pickle protocol: save them with torch.save's own"
     foreign = [name for name in strangers if not _is_harmless(name)] or strangers
-    beside = f", and beside them {listed(foreign)}, which cannot be passed over" if foreign else ""
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    return f"{file} holds weights{beside} ({reason}): save model.state_dict() alone"
+    if foreign and isinstance(error, pickle.UnpicklingError | TypeError | ValueError | AttributeError):
+        return (
+            f"{file} holds weights, and beside them {listed(foreign)}, which cannot be passed over, and nothing was run: if"
+            " you trust it, load it with weights_only=False and save its state_dict alone"
+        )
+    return f"{file} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:120]}): get it again"
 
 
 def _holds_tensors(names: Collection[str]) -> bool:
