@@ -62,8 +62,18 @@ def require_plain_torch_file(path: Path) -> frozenset[str]:
                         f"{path} describes its tensors in {readable_size(member.file_size)}, at most"
                         f" {readable_size(_MOST_PICKLED)} are read: save the state of the network alone"
                     )
-                names |= _require_plain_pickles(path, archive.read(member), count=1)
+                names |= _require_plain_pickles(path, _read_member(path, archive, member), count=1)
         return names
+
+
+def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """Read a record of a torch file. A checksum of 0 is none: torch can be told to write none."""
+    if member.CRC == 0:
+        del member.CRC  # so that the library does not compare it
+    try:
+        return archive.read(member)
+    except (zipfile.BadZipFile, OSError, ValueError, LookupError, EOFError, RuntimeError) as error:
+        raise HoldfastError(f"{path} is damaged ({str(error)[:200]}): restore it") from error
 
 
 def _require_plain_pickles(path: Path, content: bytes, *, count: int) -> frozenset[str]:

@@ -69,7 +69,10 @@ def without_prefixes(state: Mapping[str, Any], own: Mapping[str, Any]) -> Match:
             fits = {name: found for name, found in pairs.items() if found is not None}
             same = sum(_shape(own[name]) == _shape(state[found]) for name, found in fits.items())
             tried.append(((len(fits), same, *_plainness(removed), *_plainness(added)), removed, added, fits))
-    (count, same, *_), removed, added, fits = max(tried, key=lambda one: one[0])
+    best = max(tried, key=lambda one: one[0])
+    if 2 * len(best[-1]) < len(own):  # a few names that meet by chance: the message is clearer about all as they are
+        best = tried[0]
+    (count, same, *_), removed, added, fits = best
     used = set(fits.values())
     left = {bare: name for bare, name in theirs.items() if name not in used}
     unknown, outside = _parted(left, removed or _kept_in([_bare(name) for name in fits]))
@@ -80,7 +83,7 @@ def without_prefixes(state: Mapping[str, Any], own: Mapping[str, Any]) -> Match:
         removed=removed if count else "",
         added=added if count else "",
         others=tuple(
-            sorted({other for rank, other, _, _ in tried if rank[:2] == (count, same) and count and other != removed})
+            sorted({one[1] for one in tried if one[0][:2] == (count, same) and count and set(one[3].values()) != used})
         ),
     )
 

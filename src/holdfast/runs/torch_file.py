@@ -258,7 +258,7 @@ def _unreadable(file: Path, names: Collection[str], strangers: list[str], error:
     foreign = [name for name in strangers if not _is_harmless(name)] or strangers
     if foreign and isinstance(error, pickle.UnpicklingError | TypeError | ValueError | AttributeError):
         return (
-            f"{file} holds weights, and beside them {listed(foreign)}, which cannot be passed over, and nothing was run: if"
+            f"{file} holds weights, and beside them {listed(foreign)}, which cannot be passed over; nothing was run: if"
             " you trust it, load it with weights_only=False and save its state_dict alone"
         )
     return f"{file} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:120]}): get it again"
