@@ -173,6 +173,7 @@ def prepare(
             *told(recipe, dataset, settings, device, batch_size, training, validation, extra),
             *recipe_notes(recipe, init),
             *told_of_weights,
+            *recipe.objective.notes,
             *trusted,
         ),
         code=codes,

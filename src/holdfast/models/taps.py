@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
+
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
+)  # fmt: skip
+_ASIDE = re.compile(
+    r"short_?cut|down_?sample|^skip|^res(idual)?_?(conv|proj|bn|norm)|^(q|k)_?(norm|ln)$", re.IGNORECASE
+)
+"""Parts of the names of layers beside the way that features take."""
 
 
 def feature_names(model: nn.Module) -> list[str]:
@@ -28,8 +40,10 @@ def feature_names(model: nn.Module) -> list[str]:
 def last_stage(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules whose outputs are the features of a network's last stage.
 
-    The networks of this library say so themselves (their attribute `last_stage`). Of any other the last four
-    normalisation layers are taken, in the order in which they were registered.
+    The networks of this library say so themselves (their attribute `last_stage`, which your own may have too). Of any
+    other the last four normalisation layers are taken, in the order in which they were registered. Those of shortcuts
+    (``shortcut``, ``downsample``, ``skip`` … in the name) and of an attention's queries and keys do not count. On a
+    ResNet-18 these are the four layers of AR-AT's code, ``layer4.0.bn1`` to ``layer4.1.bn2``.
 
     Args:
         model: Any network.
@@ -42,14 +56,22 @@ def last_stage(model: nn.Module) -> tuple[str, ...]:
     stated = getattr(model, "last_stage", None)
     if stated:
         return tuple(stated)
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
-    found = [name for name, module in _tappable(model).items() if isinstance(module, kinds)]
-    if not found:
+    norms = [name for name, module in _tappable(model).items() if _normalises(module)]
+    if not norms:
         raise HoldfastError(
             "the model has no normalisation layers to take features from: name the layers with --objective.layers"
-            " '[...]'; holdfast.models.feature_names(model) lists all"
+            " '[...]'; holdfast.models.taps.feature_names(model) lists all"
         )
-    return tuple(found[-4:])
+    main = [name for name in norms if not any(_ASIDE.search(part) for part in name.split("."))]
+    return tuple((main or norms)[-4:])
+
+
+def _normalises(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer, torch's own or one with parameters that is called like one."""
+    if getattr(module, "is_auxiliary", False):  # the second branch of a BatchNorm that was split in two
+        return False
+    called_so = re.search(r"Norm(\dd)?$", type(module).__name__) is not None
+    return isinstance(module, _NORMS) or (called_so and any(True for _ in module.parameters(recurse=False)))
 
 
 def _tappable(model: nn.Module) -> dict[str, nn.Module]:
@@ -62,9 +84,11 @@ def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
     """Collect the outputs of named submodules while the block runs.
 
     The yielded dictionary starts empty and holds, for each name, the output of that module's latest call: a second
-    forward overwrites the first, and a module that no forward calls leaves no entry. The tensors are the network's
-    own, with their graph: a gradient flows through them, and a later in-place layer would change them (the networks
-    here have none).
+    forward overwrites the first, and a module that no forward calls leaves no entry. A gradient flows through the
+    tensors. Each is what its module returned: where a later layer works in place on it (``relu(inplace=True)``,
+    ``out += shortcut``), a copy is kept; elsewhere it is the network's own tensor. Whether one is needed is learnt
+    from the first forward in each mode, which always copies. A compiled forward learns nothing: without an earlier
+    eager one it always copies.
     The hooks are gone when the block ends, however it ends. `torch.func.functional_call` runs them too.
 
     Args:
@@ -73,7 +97,8 @@ def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
     Yields:
         Name -> output of that module's latest call, of whatever shape it has.
     Raises:
-        HoldfastError: a name is unknown (the nearest are listed), or a tapped module returns no tensor.
+        HoldfastError: a name is unknown (the nearest are listed), a tapped module returns no tensor, or a later layer
+            works in place on an output only now and then.
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -89,23 +114,67 @@ def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
         if name not in modules:
             raise HoldfastError(_unknown(name, list(modules)))
     features: dict[str, Tensor] = {}
+    seen: dict[str, _Output] = {}
     handles = []
     try:
         for name in names:
-            handles.append(modules[name].register_forward_hook(_store(features, name)))
+            module = modules[name]
+            own = _written.get(module, {}).get(module.training) is False
+            handles.append(module.register_forward_hook(_store(features, seen, name, module.training if own else None)))
         yield features
+        for name, output in seen.items():
+            _learn(name, output, features)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _store(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], None]:
+_written: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
+"""Of a tapped module, by its mode: whether a later layer works in place on its output."""
+
+
+class _Output(NamedTuple):
+    """What a module returned, how often it had been written into by then, and whether a copy was kept."""
+
+    module: nn.Module
+    training: bool
+    tensor: Tensor
+    version: int
+    copied: bool
+
+
+def _store(
+    features: dict[str, Tensor], seen: dict[str, _Output], name: str, own: bool | None
+) -> Callable[[nn.Module, object, object], None]:
+    """Make a hook that keeps a module's output: the tensor itself in the mode `own`, else a copy."""
+
     def hook(module: nn.Module, inputs: object, output: object) -> None:
         if not isinstance(output, Tensor):
             raise HoldfastError(f"module {name!r} returns {type(output).__name__}, not a tensor: tap one inside it")
-        features[name] = output
+        copied = module.training is not own
+        features[name] = output.clone() if copied else output
+        if not torch.compiler.is_compiling() and not output.is_inference():
+            seen[name] = _Output(module, module.training, output, output._version, copied)
 
     return hook
+
+
+def _learn(name: str, output: _Output, features: dict[str, Tensor]) -> None:
+    """Remember whether an output was written into, and hand out the output itself where it was not.
+
+    Raises:
+        HoldfastError: it was, and no copy was kept because it never was before.
+    """
+    known = _written.setdefault(output.module, {})
+    written = output.tensor._version != output.version
+    known[output.training] = written or known.get(output.training, False)
+    if written and not output.copied:
+        raise HoldfastError(
+            f"a later layer works in place on the output of {name!r}, and did not before: tap another module, or make"
+            " that layer return a new tensor"
+        )
+    if not known[output.training]:
+        features[name] = output.tensor
 
 
 def _unknown(name: str, known: list[str]) -> str:
