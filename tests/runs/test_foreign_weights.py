@@ -199,14 +199,15 @@ TOLD: dict[str, tuple[Any, str]] = {
         {"state_dict": {**named("model."), **named("ema_model.", OTHER)}},
         r"model.… is taken; ema_model. would fit too: .*w.pt:ema_model takes that",
     ),
+    "average before it": (
+        {"state_dict": {**named("ema_model.", OTHER), **named("model.")}},
+        r"model.… is taken; ema_model. would fit too",
+    ),
     "half": (
         {k: v.half() if v.is_floating_point() else v for k, v in STATE.items()},
         "10 of 11 tensors cast from float16 to f",
     ),
-    "double": (
-        {k: v.double() if v.is_floating_point() else v for k, v in STATE.items()},
-        "cast from float64 to float32",
-    ),
+    "double": ({k: v.double() for k, v in STATE.items()}, "10 of 11 tensors cast from float64 to float32$"),
     "constants": (
         {**STATE, "mean": torch.tensor([0.49, 0.48]), "std": torch.ones(2)},
         r"by mean = \[0.49, 0.48\], std",

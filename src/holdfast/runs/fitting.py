@@ -234,7 +234,7 @@ def _casts(state: Mapping[str, Any], own: Mapping[str, Any], source: object) -> 
     cast = Counter(
         (str(value.dtype).removeprefix("torch."), str(own[name].dtype).removeprefix("torch."))
         for name, value in state.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != own[name].dtype
+        if isinstance(value, Tensor) and own[name].is_floating_point() and value.dtype != own[name].dtype
     )
     return [
         f"{source}: {count} of {len(state)} tensors cast from {theirs} to {ours}"
