@@ -318,6 +318,13 @@ def test_nothing_is_run(old: bool, tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()
 
 
+def test_no_command_is_advised_that_would_run_a_program(tmp_path: Path) -> None:
+    """The way out of a pickled network is none where it asks for more than networks do."""
+    said = refusal(saved({"model": Net(), "x": Starts(tmp_path / "ran")}, tmp_path / "w.pt"))
+    assert "subprocess.check_call, which weights do not need" in said
+    assert "weights_only=False" not in said
+
+
 def test_stand_ins_hide_nobody_s_choice(tmp_path: Path) -> None:
     """What torch trusts before and afterwards is the same, after a refusal too."""
     before = set(torch.serialization.get_safe_globals())

@@ -80,9 +80,9 @@ def torch_content(file: Path) -> TorchContent:
     except FileNotFoundError:
         raise HoldfastError(f"{file} is missing: give a .safetensors, .pt or .pth file") from None
     blocking = sorted(name for name in names if _is_refused(name))
-    if blocking and not _holds_network(names):
+    if blocking:
         raise HoldfastError(_blocked(file, names, blocking))
-    strangers = sorted(name for name in names if not _is_torchs(name) and name not in blocking)
+    strangers = sorted(name for name in names if not _is_torchs(name))
     try:
         value = _loaded(file, strangers)
     except Exception as error:  # a damaged file raises anything from EOFError to AttributeError
