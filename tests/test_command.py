@@ -583,6 +583,23 @@ def test_init_starts_from_weights(what: str, run: Path, data: Path, tmp_path: Pa
     assert configured(tmp_path / "run")["init"] == str(source)
 
 
+def test_init_from_a_checkpoint_of_other_code(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `torch.save` wrote, with a prefix, in half precision and beside an average; the run says what was done."""
+    before = {name: value.half() for name, value in weights(run, "last").items()}
+    content = {"state_dict": {f"module.{name}": value for name, value in before.items()}, "ema": weights(run, "model")}
+    torch.save(content, tmp_path / "w.pth")
+    words = ["--optimizer.learning_rate", 0, "--averages.ema.buffers", "keep"]
+    assert train(data, tmp_path / "a", "--init", tmp_path / "w.pth", *words, epochs=1) == 0
+    told = capsys.readouterr().err
+    assert f"state_dict is taken, ema is not; {tmp_path}/w.pth:ema takes that" in told
+    assert "tensors cast from float16 to float32" in told
+    assert_same(weights(tmp_path / "a")["fc.weight"], before["fc.weight"].float())
+    assert train(data, tmp_path / "b", "--init", f"{tmp_path}/w.pth:ema", *words, epochs=1) == 0
+    assert_same(weights(tmp_path / "b")["fc.weight"], weights(run)["fc.weight"])
+
+
 def test_init_that_does_not_fit(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another width, and a folder without a model."""
     base = ["train", "pgd_at", "--data", data, "--threat.epsilon", 0.1, "--out", tmp_path / "run"]

@@ -165,6 +165,11 @@ def test_a_guide_of_another_kind_or_from_a_run(data: Path, tmp_path: Path) -> No
     wanted = FurtherNetwork(init=str(file))
     setup = prepare(guided(networks={"guide": wanted}), toy(), "small_cnn", seed=0, settings=FP32, options={"width": 4})
     assert_same(dict(setup.recipe.networks["guide"].state_dict()), found)  # type: ignore[union-attr]
+    torch.save({"net": {f"module.{name}": value.double() for name, value in found.items()}}, tmp_path / "w.pth")
+    guide = {"guide": FurtherNetwork(init=str(tmp_path / "w.pth"))}
+    setup = prepare(guided(networks=guide), toy(), "small_cnn", seed=0, settings=FP32, options={"width": 4})
+    assert_same(dict(setup.recipe.networks["guide"].state_dict()), found)  # type: ignore[union-attr]
+    assert any("tensors cast from float64 to float32" in note for note in setup.notes)
 
 
 class Crash(Exception):

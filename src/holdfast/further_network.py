@@ -12,7 +12,7 @@ class FurtherNetwork:
     Args:
         model: A name of `holdfast.models` or ``file.py:function``; empty for the classifier's own kind, or, with
             `init`, for the network that lies there.
-        init: A run folder, a model folder or a ``.safetensors`` file with its weights; None for new ones.
+        init: A run folder, a model folder or a file (``.safetensors``, ``.pt`` …) with its weights; None for new ones.
         trained: Train it with the classifier, in training mode; otherwise it stands still, in evaluation mode.
 
     Example:

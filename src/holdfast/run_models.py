@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,19 +24,12 @@ from holdfast.models.adapted import (
     unwrapped,
     wrapper_notes,
 )
-from holdfast.models.extra_state import is_extra, require_savable
+from holdfast.models.extra_state import require_savable
 from holdfast.models.factory import accepted, build
 from holdfast.models.own_file import OwnCode, names_code
 from holdfast.recipe import Recipe
-from holdfast.runs.export import (
-    WEIGHTS,
-    load_model,
-    load_weights,
-    model_description,
-    model_folder,
-    read_description,
-    read_weights,
-)
+from holdfast.runs.export import load_model, model_description, model_folder
+from holdfast.runs.foreign_weights import load_foreign, names_weights
 
 DERIVED = ("num_classes", "channels", "image_size", "mean", "std")  # of a model's arguments: known from the data
 
@@ -117,14 +110,10 @@ def _named_model(
     return network, spec
 
 
-def load_initial(network: nn.Module, init: str | Path) -> None:
-    """Begin from the weights of a run, a model folder or a file."""
-    folder = None if str(init).endswith(".safetensors") else model_folder(Path(init))
-    source = Path(init) if folder is None else folder / WEIGHTS
-    state: dict[str, Any] = dict(read_weights(source))
-    if folder is not None and any(map(is_extra, network.state_dict())):
-        state |= read_description(folder).get("extra_state", {})
-    load_weights(network, state, source)
+def load_initial(network: nn.Module, init: str | Path) -> tuple[str, ...]:
+    """Begin from the weights of a run, a model folder or a file, and return what should be told."""
+    source = init if names_weights(init) or Path(init).is_dir() else model_folder(Path(init))  # refused: nothing there
+    return load_foreign(network, source)
 
 
 def further_networks(
@@ -137,6 +126,7 @@ def further_networks(
     *,
     started: bool,
     code: Mapping[str, OwnCode],
+    say: Callable[[str], None] = lambda note: None,
 ) -> dict[str, nn.Module]:
     """The method's further networks, built and loaded; those that are not trained stand still.
 
@@ -149,6 +139,7 @@ def further_networks(
         seed: Of the initial weights.
         started: Whether the run takes its weights from a checkpoint.
         code: The user's own code by part; see `own_code`.
+        say: Gets what the person should be told about the weights.
 
     Raises:
         HoldfastError: a network has no weights though it is not trained, or its description is wrong.
@@ -158,7 +149,7 @@ def further_networks(
         if isinstance(wanted, nn.Module):
             built[name] = further_copy(wanted)
             continue
-        folder = None if wanted.init is None or wanted.init.endswith(".safetensors") else Path(wanted.init)
+        folder = None if wanted.init is None or names_weights(wanted.init) else Path(wanted.init)
         if not wanted.trained and wanted.init is None:
             raise HoldfastError(
                 f"{recipe.name} learns from the trained network {name!r}: say where it lies, --networks.{name}.init RUN"
@@ -175,7 +166,8 @@ def further_networks(
             else:  # a classifier given from Python
                 module = anew(classifier, Key(seed).fold(name).torch_seed)
             if wanted.init is not None and not started:
-                load_initial(module, wanted.init)
+                for note in load_initial(module, wanted.init):
+                    say(note)
         built[name] = module.requires_grad_(wanted.trained)
         same_classes(name, built[name], classifier, training)
     return built

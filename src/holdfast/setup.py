@@ -138,9 +138,12 @@ def prepare(
     if batch_size < distributed.world_size():
         raise HoldfastError(f"a batch of {batch_size} cannot be split over {distributed.world_size()} processes")
     network, spec, notes = build_model(codes.get("model", model), dataset, training, seed, options or {})
+    told_of_weights: list[str] = []
     if init is not None and not started:
-        load_initial(network, init)
-    further = further_networks(recipe, network, spec, dataset, training, seed, started=started, code=codes)
+        told_of_weights += load_initial(network, init)
+    further = further_networks(
+        recipe, network, spec, dataset, training, seed, started=started, code=codes, say=told_of_weights.append
+    )
     network = network.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     first = torch.arange(min(8, len(training)), device=device)
     sample = to_pixels(loader.images.pixels[first], dtype)
@@ -173,6 +176,8 @@ def prepare(
             *recipe_notes(recipe, init),
             *notes,
             *([output] if output else []),
+            *told_of_weights,
+            *recipe.objective.notes,
             *trusted,
         ),
         code=codes,

@@ -114,6 +114,23 @@ def test_a_folder_with_py_in_its_name_is_no_file(tmp_path: Path, capsys: pytest.
     assert "holds no trained model" in capsys.readouterr().err
 
 
+def test_one_of_two_states(
+    subject: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one that is named; the evaluations of both lie in folders of their own, and the choice is told."""
+    monkeypatch.chdir(tmp_path)
+    good = torch.load(tmp_path / "net.pt")["state_dict"]
+    torch.save({"net": {name: 0 * value for name, value in good.items()}, "ema": good}, tmp_path / "two.pt")
+    for weights, message in (("two.pt", "net is taken, ema is not; two.pt:ema takes that"), ("two.pt:ema", "")):
+        assert command("evaluate", *subject, "--weights", weights, "--steps", 2, "--json") == 0
+        said = capsys.readouterr()
+        assert message in said.err
+        assert ("is taken" in said.err) == bool(message)
+        assert (json.loads(said.out)["clean_accuracy"] > 0.9) == (weights == "two.pt:ema")
+    folders = sorted(entry.name for entry in (tmp_path / "evaluations").iterdir())
+    assert [name[:17] for name in folders] == ["net-make-two-ema-", "net-make-two-pgd-"]
+
+
 def test_strict_fails_on_any_flag(subject: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*subject, "--weights", tmp_path / "net.pt", "--steps", 2, "--out", tmp_path / "e", "--strict"]
     assert command("evaluate", *words) == 1

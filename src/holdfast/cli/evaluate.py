@@ -33,7 +33,9 @@ def parser() -> Parser:
     )
     known.add_argument("run", metavar="RUN_OR_MODEL", help="a run folder, a model folder, or file.py:function")
     known.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which weights of a run (best)")
-    known.add_argument("--weights", metavar="FILE", help="weights for file.py:function (.safetensors, .pt, .pth)")
+    known.add_argument(
+        "--weights", metavar="FILE", help="weights for file.py:function (.safetensors, .pt, .pth; FILE:KEY in it)"
+    )
     known.add_argument("--data", metavar="SOURCE", help="other images than the run's test set")
     known.add_argument("--image-size", type=positive, metavar="N", help="resize images of a folder or Parquet to NxN")
     known.add_argument("--max-data-gib", type=float, metavar="N", help=MAX_DATA_HELP)
@@ -146,6 +148,8 @@ def measure(asked: Namespace) -> list[Result]:
     subject = load_subject(
         asked.run, checkpoint=asked.checkpoint, weights=asked.weights, data=asked.data, image_size=asked.image_size
     )
+    for note in subject.notes if distributed.rank() == 0 else ():
+        to_stderr(note)
     device = choose_device(asked.device)
     model = subject.model.to(device)
     inputs = chosen(as_inputs(model, subject.data.test), asked.n)
@@ -240,6 +244,9 @@ def folder(asked: Namespace, subject: Subject, threat: ThreatModel, threats: Seq
         whole = Path(asked.run) / "evaluations" / name
     else:
         file, _, function = asked.run.rpartition(":")
-        weights = f"-{Path(asked.weights).stem}" if asked.weights else ""
+        from holdfast.runs.foreign_weights import file_and_key
+
+        weights_file, key = file_and_key(asked.weights or "")
+        weights = "".join(f"-{part}" for part in (weights_file.stem, key) if part)
         whole = Path("evaluations") / f"{Path(file).stem}-{function}{weights}-{name}"
     return whole / own if many else whole

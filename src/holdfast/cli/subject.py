@@ -15,11 +15,12 @@ from holdfast.data.sources import load
 from holdfast.errors import HoldfastError
 from holdfast.models.adapted import for_evaluation, initialise
 from holdfast.models.factory import build
-from holdfast.runs.export import load_model, load_weights, model_folder, read_description, read_weights
+from holdfast.runs.export import load_model, model_folder, read_description
 from holdfast.runs.folder import CONFIG, read_config
+from holdfast.runs.foreign_weights import load_foreign
+from holdfast.runs.foreign_weights import read_state as read_state
 from holdfast.setting_types import fits
 from holdfast.threat import ThreatModel, build_threat
-from holdfast.zip_files import require_plain_torch_file
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Subject:
         description: What config.json of its model folder says; empty for a network from a file.
         name: As a person calls it.
         checkpoint: Of a run: best or last.
+        notes: What was decided about its weights and should be told.
     """
 
     model: nn.Module
@@ -39,6 +41,7 @@ class Subject:
     description: dict[str, Any]
     name: str
     checkpoint: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def about(self) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def load_subject(
     Args:
         source: A run folder, a model folder, or ``path/to/file.py:function``.
         checkpoint: Of a run folder: best or last.
-        weights: A .safetensors, .pt or .pth file with the state of the network that a function makes.
+        weights: The state of the network that a function makes, as `holdfast.runs.foreign_weights` reads it.
         data: In place of the run's own.
         image_size: To resize a folder's or Parquet's images to.
 
@@ -121,47 +124,13 @@ def _from_file(source: str, weights: str | None, data: str | None, image_size: i
     if data is None:
         raise HoldfastError(f"{source} names no data: give --data SOURCE")
     found = load(data, image_size=image_size)
+    notes: tuple[str, ...] = ()
     model = build(source, num_classes=found.num_classes, channels=found.channels, image_size=found.image_size)
     if weights is not None:
         initialise(model, torch.zeros(2, found.channels, *found.image_size), seed=0)
-        load_weights(model, read_state(Path(weights)), Path(weights))
+        notes = load_foreign(model, weights)
     model = for_evaluation(model).eval()  # it was built here: nobody gave it in training mode
-    return Subject(model, found, {}, source if weights is None else f"{source} ({weights})")
-
-
-def read_state(file: Path) -> dict[str, Any]:
-    """The state of a network from a .safetensors file or from what `torch.save` wrote, without executing anything.
-
-    A state inside a checkpoint is found under "state_dict" or "model"; names that `DataParallel` or `torch.compile`
-    prefixed lose the prefix.
-
-    Raises:
-        HoldfastError: missing, damaged, or no state.
-    """
-    if file.suffix == ".safetensors":
-        return dict(read_weights(file))
-    import pickle
-
-    try:
-        require_plain_torch_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise HoldfastError(f"{file} is missing: give a .safetensors, .pt or .pth file") from None
-    except HoldfastError:
-        raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError) as error:
-        raise HoldfastError(f"{file} holds no weights ({type(error).__name__}): save model.state_dict()") from None
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise HoldfastError(f"{file} holds no state of a network: save model.state_dict()")
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+    return Subject(model, found, {}, source if weights is None else f"{source} ({weights})", notes=notes)
 
 
 def require_fit(data: Dataset, description: dict[str, Any]) -> None:

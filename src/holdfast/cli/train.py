@@ -50,7 +50,9 @@ def parser() -> Parser:
     known.add_argument("--extra-share", type=float, metavar="SHARE", help="share of a batch from --training.extra_data")
     known.add_argument("--gradient-clip", type=float, metavar="NORM", help="largest norm of the gradient")
     known.add_argument("--paper-settings", action="store_true", help="everything as in the method's paper or code")
-    known.add_argument("--init", metavar="RUN_OR_FILE", help="start from the weights of a run or a .safetensors file")
+    known.add_argument(
+        "--init", metavar="RUN_OR_FILE", help="start from the weights of a run or a file (.safetensors, .pt)"
+    )
     known.add_argument("--out", metavar="DIR", help="the run folder (runs/<time>-<recipe>-<data>)")
     known.add_argument("--resume", action="store_true", help="go on with the run in --out")
     known.add_argument("--config", metavar="FILE", help="repeat the run of a config.yaml; other options change it")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from holdfast.cli.arguments import Parser, positive, print_json
 from holdfast.errors import HoldfastError
+from holdfast.streams import tell as to_stderr
 
 
 def parser() -> Parser:
@@ -55,6 +56,8 @@ def recounted(asked: Namespace) -> int:
     if asked.model and names_a_file(source):  # a folder that is called like a file and its function is only a folder
         subject = load_subject(source, weights=asked.weights, data=asked.data, image_size=None)
         model = subject.model
+        for note in subject.notes:
+            to_stderr(note)
     else:
         if asked.model is None and not any((Path(source) / sub / DESCRIPTION).is_file() for sub in ("", "model")):
             raise HoldfastError(f"{folder} does not lie in a run: name the network with --model")

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
+
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
+)  # fmt: skip
+_ASIDE = re.compile(
+    r"short_?cut|down_?sample|^skip|^res(idual)?_?(conv|proj|bn|norm)|^(q|k)_?(norm|ln)$", re.IGNORECASE
+)
+"""Parts of the names of layers beside the way that features take."""
 
 
 def feature_names(model: nn.Module) -> list[str]:
@@ -28,8 +37,10 @@ def feature_names(model: nn.Module) -> list[str]:
 def last_stage(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules whose outputs are the features of a network's last stage.
 
-    The networks of this library say so themselves (their attribute `last_stage`). Of any other the last four
-    normalisation layers are taken, in the order in which they were registered.
+    The networks of this library say so themselves (their attribute `last_stage`, which your own may have too). Of any
+    other the last four normalisation layers are taken, in the order in which they were registered. Those of shortcuts
+    (``shortcut``, ``downsample``, ``skip`` … in the name) and of an attention's queries and keys do not count. On a
+    ResNet-18 these are the four layers of AR-AT's code, ``layer4.0.bn1`` to ``layer4.1.bn2``.
 
     Args:
         model: Any network.
@@ -42,14 +53,22 @@ def last_stage(model: nn.Module) -> tuple[str, ...]:
     stated = getattr(model, "last_stage", None)
     if stated:
         return tuple(stated)
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
-    found = [name for name, module in _tappable(model).items() if isinstance(module, kinds)]
-    if not found:
+    norms = [name for name, module in _tappable(model).items() if _normalises(module)]
+    if not norms:
         raise HoldfastError(
             "the model has no normalisation layers to take features from: name the layers with --objective.layers"
-            " '[...]'; holdfast.models.feature_names(model) lists all"
+            " '[...]'; holdfast.models.taps.feature_names(model) lists all"
         )
-    return tuple(found[-4:])
+    main = [name for name in norms if not any(_ASIDE.search(part) for part in name.split("."))]
+    return tuple((main or norms)[-4:])
+
+
+def _normalises(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer, torch's own or one with parameters that is called like one."""
+    if getattr(module, "is_auxiliary", False):  # the second branch of a BatchNorm that was split in two
+        return False
+    called_so = re.search(r"Norm(\dd)?$", type(module).__name__) is not None
+    return isinstance(module, _NORMS) or (called_so and any(True for _ in module.parameters(recurse=False)))
 
 
 def _tappable(model: nn.Module) -> dict[str, nn.Module]:

@@ -14,7 +14,7 @@ from holdfast.forward import Batch, Forward, View
 from holdfast.functional import correct, cross_entropy, kl
 from holdfast.models.taps import last_stage
 from holdfast.objectives.base import Measurement, Objective, require_word
-from holdfast.objectives.predictor import Predictor, check_ratio, pooled_feature
+from holdfast.objectives.predictor import Predictor, check_ratio, is_channels_last, pooled_feature
 from holdfast.schedule import Progress, Scalar, as_scalar, value_at
 
 
@@ -47,7 +47,8 @@ class AsymmetricInvariance(Objective):
 
     Args:
         strength: λ >= 0, or a schedule, shared by the layers; 30 for ResNet-18, 100 for WRN-34-10.
-        layers: Names of the tapped modules; None for the network's last stage (`last_stage`).
+        layers: Names of the tapped modules, as `holdfast.models.taps.feature_names` lists them; None for the network's
+            last stage (`last_stage`). A feature is what its layer returns, before a later layer changes it in place.
         distance: ``"cosine"``; ``"mse"``, mean over D; ``"kl"``, of softmaxes over D at `temperature`.
         direction: ``"asymmetric"``, the adversarial side moves; ``"reversed"``, the clean side; ``"symmetric"``, half
             the sum of both; ``"no_stop_gradient"``, both move towards each other at once.
@@ -106,16 +107,35 @@ class AsymmetricInvariance(Objective):
         self.measures = type(self).measures if balance == "measured" else ()
         self.predictors = nn.ModuleList()
         self.taps = self.layers or ()
+        self.channels_last: frozenset[str] = frozenset()
         self.zero_at_equality = () if predictor else ("invariance",)
         self.couples_batch = predictor  # its BatchNorm
 
     def prepare(self, model: nn.Module, x: Tensor, images: int = 0) -> None:
         self.taps = tuple(self.layers or last_stage(model))
+        self.notes = ()
+        if self.layers is None and not getattr(model, "last_stage", None):
+            self.notes = (
+                f"AR-AT reads {', '.join(self.taps)}, the last normalisation layers of this network:"
+                " --objective.layers '[...]' names others",
+            )
         with torch.no_grad():
             features = View(model, taps=self.taps)(x).features
+        uncalled = [name for name in self.taps if name not in features]
+        if uncalled:
+            raise HoldfastError(
+                f"the network never calls its layer {uncalled[0]!r}: name others with --objective.layers '[...]'"
+            )
+        self.channels_last = frozenset(
+            name for name in self.taps if is_channels_last(model.get_submodule(name), features[name])
+        )
         if self.predictor and not self.predictors:
-            widths = [pooled_feature(features[name]).shape[1] for name in self.taps]
+            widths = [self.pooled(name, features).shape[1] for name in self.taps]
             self.predictors.extend(Predictor(width, self.predictor_ratio).to(x) for width in widths)
+
+    def pooled(self, name: str, features: Mapping[str, Tensor]) -> Tensor:
+        """The feature of a layer, (B, D)."""
+        return pooled_feature(features[name], channels_last=name in self.channels_last)
 
     @property
     def is_prepared(self) -> bool:
@@ -152,7 +172,7 @@ class AsymmetricInvariance(Objective):
         distances = []
         for number, name in enumerate(self.taps):
             head = self.predictors[number] if self.predictor else nn.Identity()
-            z, z_adv = pooled_feature(clean[name]), pooled_feature(adv[name])
+            z, z_adv = self.pooled(name, clean), self.pooled(name, adv)
             if self.direction == "no_stop_gradient":
                 distances.append(self.between(head(z_adv), z))
                 continue

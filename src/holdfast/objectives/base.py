@@ -44,6 +44,7 @@ class Objective(nn.Module):
         couples_batch: A term depends on the rest of the batch (ranks, class means), so it is per process.
         measures: What the loop measures at an epoch's start.
         taps: Names of modules whose outputs `forward` wants as features.
+        notes: What the person should be told once it is prepared.
         zero_at_equality: Names of terms that vanish where x_adv = x on the same view.
         needs_random_start: The inner loss has no gradient at x itself, so the attack must begin elsewhere.
         needs_networks: Names of the further networks that its sides run on ("guide").
@@ -58,6 +59,7 @@ class Objective(nn.Module):
     couples_batch: bool = False
     measures: tuple[Measurement, ...] = ()
     taps: Sequence[str] = ()
+    notes: Sequence[str] = ()
     zero_at_equality: tuple[str, ...] = ()
     needs_random_start: bool = False
     needs_networks: Sequence[str] = ()

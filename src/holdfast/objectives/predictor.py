@@ -53,15 +53,20 @@ def check_ratio(ratio: float) -> None:
         raise HoldfastError(f"predictor_ratio is {ratio}: give a share of the features in (0, 1], for example 0.25")
 
 
-def pooled_feature(output: Tensor) -> Tensor:
+def pooled_feature(output: Tensor, *, channels_last: bool = False) -> Tensor:
     """A tapped layer's output as one vector an image: ReLU, then the mean over positions or tokens.
 
+    Args:
+        output: What the layer returned.
+        channels_last: Four dimensions are (B, H, W, D), as a LayerNorm within a convolutional network has them.
     Shapes:
         output: (B, D, H, W), (B, N, D) or (B, D). Returns (B, D), at least float32.
     """
     rectified = F.relu(output)
     if rectified.dtype in (torch.bfloat16, torch.float16):
         rectified = rectified.float()
+    if rectified.dim() == 4 and channels_last:
+        return rectified.mean((1, 2))
     if rectified.dim() == 4:  # avg_pool2d, because the gradient of mean is not laid out channels-last, and slow
         return F.avg_pool2d(rectified, (rectified.shape[2], rectified.shape[3])).flatten(1)
     if rectified.dim() == 3:
@@ -71,3 +76,9 @@ def pooled_feature(output: Tensor) -> Tensor:
     raise HoldfastError(
         f"a tapped layer returns shape {tuple(output.shape)}: tap one of (B, D, H, W), (B, N, D), (B, D)"
     )
+
+
+def is_channels_last(layer: nn.Module, output: Tensor) -> bool:
+    """Whether a layer's output is (B, H, W, D): it normalises the last dimension, and that is not also the second."""
+    shape = getattr(layer, "normalized_shape", None)
+    return output.dim() == 4 and isinstance(shape, tuple) and len(shape) == 1 and output.shape[1] != shape[0]

@@ -22,6 +22,7 @@ from holdfast.regular_files import is_regular
 from holdfast.runs.description import check_description
 from holdfast.runs.digests import checked_bytes
 from holdfast.runs.files import read_json, write_json, write_whole
+from holdfast.runs.fitting import load_fitting
 from holdfast.runs.own_code import write_code
 from holdfast.runs.weights_header import weight_shapes
 
@@ -83,23 +84,13 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise Damaged(f"{file} is damaged ({type(error).__name__})", _ADVICE) from error
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Any], source: Path) -> None:
-    """Put weights into a model.
+def load_weights(model: nn.Module, state: Mapping[str, Any], source: Path) -> tuple[str, ...]:
+    """Put weights from anywhere into a model, and return what should be told; see `holdfast.runs.fitting`.
 
     Raises:
         HoldfastError: names or shapes differ; the first few are told.
     """
-    own = model.state_dict()
-    _require_same_shapes(
-        {name: None if is_extra(name) else tensor.shape for name, tensor in own.items()}, state, source
-    )
-    try:
-        model.load_state_dict(dict(state))
-    except Exception as error:  # whatever a module's own set_extra_state raises
-        reason = " ".join(str(error).split())[:200]
-        raise HoldfastError(
-            f"the weights in {source} do not fit the model ({reason}): give the same --model"
-        ) from error
+    return load_fitting(model, state, source)
 
 
 def _require_same_shapes(own: Mapping[str, Sequence[int] | None], state: Mapping[str, Any], source: Path) -> None:
@@ -180,6 +171,8 @@ def load_model(
             model = rebuild(description, folder)
     shape = [description["input"][side] for side in ("channels", "height", "width")]
     initialise(model, torch.zeros(2, *shape), seed=0)
+    own = {name: None if is_extra(name) else value.shape for name, value in model.state_dict().items()}
+    _require_same_shapes(own, weights, folder / WEIGHTS)
     load_weights(model, weights, folder / WEIGHTS)
     return model.eval()
 
