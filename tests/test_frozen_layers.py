@@ -170,7 +170,7 @@ def test_a_whole_run(kind: str, tmp_path: Path) -> None:
 
     fit(recipe, toy(), network, out=tmp_path / "run", settings=FP32, display=Heard())
     assert [line for line in said if "evaluation mode" in line] == [
-        "2 modules stay in evaluation mode while the others train, as the model has it: 1, 1.aux"
+        "evaluation mode is kept in training, as the model has it: 1, 1.aux (2 in all)"
     ]
     weights = load_file(tmp_path / "run" / "last" / "model.safetensors")
     before = network.state_dict()

@@ -57,4 +57,4 @@ def compile_in_place(model: nn.Module, backend: str = "inductor") -> None:
 
 def copies_input(model: nn.Module) -> bool:
     """Return whether the network was compiled by `compile_in_place`, so that it never writes into what it is given."""
-    return getattr(model._compiled_call_impl, "copies_input", False)
+    return getattr(getattr(model, "_compiled_call_impl", None), "copies_input", False)

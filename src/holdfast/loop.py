@@ -66,10 +66,8 @@ class Loop:
                 display.say(note)
         kept = sorted(getattr(self.step, "in_evaluation", {}).get("", ()))
         if kept:
-            shown = f"{', '.join(kept[:3])}{' …' if len(kept) > 3 else ''}"
-            display.say(
-                f"{len(kept)} modules stay in evaluation mode while the others train, as the model has it: {shown}"
-            )
+            named = f"{', '.join(kept[:3])}{' …' if len(kept) > 3 else ''}"
+            display.say(f"evaluation mode is kept in training, as the model has it: {named} ({len(kept)} in all)")
         self.module: nn.Module = self.step  # type: ignore[assignment]  # a step is a module; the protocol cannot say so
         self.module.to(setup.device)
         self.optimizers = list(self.step.optimizers())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import nn
 
 from holdfast.models.modes import kept_in_evaluation, with_added
@@ -101,3 +102,11 @@ def test_what_was_added_below_follows() -> None:
     for part in model:
         part.add_module("aux", nn.ReLU())
     assert with_added(frozenset({"1"}), before, model) == {"1", "1.aux"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript() -> None:
+    example = torch.rand(2, 1, 8, 8)
+    traced = torch.jit.trace(block().eval(), example)
+    assert kept_in_evaluation(traced) == set()
+    assert kept_in_evaluation(torch.jit.freeze(traced)) == set()

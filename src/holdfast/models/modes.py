@@ -33,7 +33,9 @@ def kept_in_evaluation(model: nn.Module) -> frozenset[str]:
         >>> kept_in_evaluation(model)
         frozenset({'1'})
     """
-    modules = dict(model.named_modules())
+    modules = {name: module for name, module in model.named_modules() if hasattr(module, "training")}
+    if "" not in modules:  # frozen TorchScript has no modes
+        return frozenset()
     kept = set(_left_by_own_train(model, modules))
     for name, module in modules.items():
         if not name or module.training:
