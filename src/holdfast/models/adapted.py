@@ -88,6 +88,9 @@ def own_copy(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         if isinstance(buffer, UninitializedBuffer):  # which torch cannot copy
             memo[id(buffer)] = UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)  # type: ignore[call-arg]  # torch's stub is of Buffer
+    for module in model.modules():  # weights that a hook of torch's own computes at every forward: weight_norm's
+        computed = (value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf)
+        memo.update({id(value): value.detach().clone() for value in computed})
     try:
         with torch.inference_mode(False):
             return unwrap_in_place(copy.deepcopy(unwrapped(model), memo))
