@@ -155,18 +155,17 @@ class Searching:
         """Copies in full precision, the fastest first."""
         for folding in (True, False) if fold else (False,):
             try:
-                network, count = folded(model, x.to(self.dtype)) if folding else (_plain_copy(model), 0)
+                network, self.folded = folded(model, x.to(self.dtype)) if folding else (_plain_copy(model), 0)
             except Exception as error:  # whatever a copy raises that the model's own code cannot stand
                 told(error)
-                return
-            if not folding and fold and self.folded == 0:
-                return  # nothing was folded: this copy has been tried
-            self.folded = count
+                continue
             for parameter in network.parameters():  # one by one: a scripted network refuses `requires_grad_`
                 parameter.requires_grad_(False)
             path = self._laid(network, x)
             yield path
             yield replace(path, name=f"{path.name}, pixels a leaf", leaf=True)
+            if folding and self.folded == 0:
+                break  # it is a plain copy already
         self.folded = 0
 
     def _laid(self, network: nn.Module, x: Tensor) -> Path:

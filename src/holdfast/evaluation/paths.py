@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -288,16 +289,11 @@ def chosen(judge: Judge, candidates: Iterable[Path], *, randomised: bool = False
         randomised: Draws may differ between two ways: any way is taken that gives a gradient.
     """
     tried: list[tuple[Path, Answers]] = []
-    closer = False
-    for path in (*candidates, *judge.ways[::-1]):
-        if path in judge.ways and not closer:
-            judge.look_closer()
-            closer = True
-            for earlier, answers in tried:  # now there may be a gradient to compare with
-                if answers.alive and judge.accepts(answers):
-                    return Choice(earlier, True, "", judge.contradiction)
+    for path in chain(candidates, judge.ways[::-1]):
         answers = judge.ask(path)
         tried.append((path, answers))
+        if len(tried) == 1 and not (answers.alive and judge.accepts(answers)) and not randomised:
+            judge.look_closer()  # it does not agree at once: can the model be believed itself?
         if answers.alive and (randomised or judge.accepts(answers)):
             return Choice(path, True, "", judge.contradiction)
     choice = _least_bad(judge, tried)
