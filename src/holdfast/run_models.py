@@ -182,8 +182,7 @@ def further_copy(network: nn.Module) -> nn.Module:
     if any(parameter.requires_grad for parameter in network.parameters()):
         require_trainable(network)
     require_initialised(network)
-    with torch.no_grad():  # else the weights of a copied TorchScript module would be no leaves
-        copied = own_copy(network)
+    copied = own_copy(network)
     require_savable(copied)
     return copied
 

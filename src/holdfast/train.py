@@ -101,8 +101,7 @@ def fit(
         with ExitStack() as stack:
             stack.enter_context(distributed.others_missed())
             stack.enter_context(trusting(trust_code))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.inference_mode(False))  # gradients too, where the caller has switched them off
             interruption = stack.enter_context(Interruption())
             path = None if out is None else Path(out)
             lock = None if path is None else stack.enter_context(locked(path, kept_for=CONFIG))

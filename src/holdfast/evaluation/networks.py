@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,8 +13,7 @@ from holdfast.compilation import compile_in_place
 from holdfast.errors import HoldfastError
 from holdfast.evaluation.agreement import HALF
 from holdfast.evaluation.folding import folded
-from holdfast.evaluation.paths import Judge, Path, backward, chosen, told
-from holdfast.forward import View
+from holdfast.evaluation.paths import Judge, Path, backward, chosen, deciding_view, plain_copy, told
 from holdfast.models.adapted import is_scripted
 
 PRECISIONS = ("fp32", "bf16")
@@ -61,11 +59,7 @@ class Deciding:
     """
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
-        # A forward that writes into a buffer writes into these copies.
-        if is_scripted(model):  # it takes no weights from outside
-            self.view = View(_plain_copy(model))
-        else:
-            self.view = View(model, state={name: buffer.clone() for name, buffer in model.named_buffers()})
+        self.view = deciding_view(model)
         self.batch_size = batch_size
         self.dtype = dtype_of(model)
 
@@ -155,7 +149,7 @@ class Searching:
         """Copies in full precision, the fastest first."""
         for folding in (True, False) if fold else (False,):
             try:
-                network, self.folded = folded(model, x.to(self.dtype)) if folding else (_plain_copy(model), 0)
+                network, self.folded = folded(model, x.to(self.dtype)) if folding else (plain_copy(model), 0)
             except Exception as error:  # whatever a copy raises that the model's own code cannot stand
                 told(error)
                 continue
@@ -184,7 +178,7 @@ class Searching:
         """The network with the weights of its large layers in bfloat16, to be run under autocast; if it agrees."""
         path = self.precise
         if isinstance(path.network, nn.Module):
-            network = _plain_copy(path.network)
+            network = plain_copy(path.network)
             shared = [id(p) for p in network.parameters()]
             for module in network.modules():
                 if type(module) in (nn.Conv2d, nn.Linear) and all(
@@ -322,9 +316,3 @@ def _whole(parts: list[Tensor]) -> Tensor:
 def dtype_of(model: nn.Module) -> torch.dtype:
     """In which type a model wants its images: that of its first floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _plain_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode."""
-    with torch.no_grad():  # else the weights of a scripted network's copy would be no leaves
-        return copy.deepcopy(model).eval()

@@ -7,6 +7,7 @@ of that. The search must see what the deciding network is, so its way is compare
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from holdfast.evaluation.agreement import (
 from holdfast.evaluation.draws import begin_draws, left_as_it_was
 from holdfast.forward import View
 from holdfast.keyed_random import Key, normal
+from holdfast.models.adapted import is_scripted
 from holdfast.models.outputs import logits_of
 
 KEY = Key(0).fold("agreement")
@@ -110,12 +112,31 @@ def ways(model: nn.Module, dtype: torch.dtype) -> list[Path]:
     buffers = _buffers(model)
     alike = {name: parameter.detach() for name, parameter in model.named_parameters()}
     wanting = {name: p.detach().requires_grad_(p.is_floating_point()) for name, p in model.named_parameters()}
-    states = {"as they are": buffers, "trainable": {**wanting, **buffers}, "frozen": {**alike, **buffers}}
+    views = {
+        "as they are": deciding_view(model),
+        "trainable": View(model, state={**wanting, **buffers}),
+        "frozen": View(model, state={**alike, **buffers}),
+    }
+    if is_scripted(model):  # it takes no weights from outside
+        views = {"as they are": views["as they are"]}
     return [
-        Path(f"the model itself, weights {name}, pixels {kind}", _viewed(View(model, state=state)), dtype, leaf=leaf)
-        for name, state in states.items()
+        Path(f"the model itself, weights {name}, pixels {kind}", _viewed(view), dtype, leaf=leaf)
+        for name, view in views.items()
         for leaf, kind in ((True, "a leaf"), (False, "copied"))
     ]
+
+
+def deciding_view(model: nn.Module) -> View:
+    """The model as it decides; what a forward writes into its buffers is lost, and the model's own stay as they are."""
+    if is_scripted(model):  # it takes no buffers from outside: a copy is run
+        return View(plain_copy(model))
+    return View(model, state=_buffers(model))
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode."""
+    with torch.no_grad():  # else the weights of a scripted network's copy would be no leaves
+        return copy.deepcopy(model).eval()
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -155,7 +176,7 @@ class Judge:
         self.points = torch.cat([self.x, moved(self.x, KEY)])
         self.ways = ways(self.model, self.dtype)
         self.asked: dict[Path, Answers] = {}
-        self.view = View(self.model, state=_buffers(self.model))
+        self.view = deciding_view(self.model)
         self.decided = self._plain(_viewed(self.view))
         rows = torch.arange(len(self.points), device=self.x.device)
         self.weights = normal(KEY.fold("weights"), rows, self.decided.shape[1:], dtype=self.x.dtype)

@@ -332,7 +332,8 @@ def evaluate(
     """How well a network holds under attack.
 
     Args:
-        model: Any module from pixels in [0, 1] to logits. Nothing of it is changed.
+        model: Any module from pixels in [0, 1] to logits, TorchScript too. Nothing of it is changed. Of an output that
+            is more than logits a part is taken; see `holdfast.models.outputs.logits_of`.
         images: (N, C, H, W) in [0, 1] as floats or 0 … 255 as uint8; or a `holdfast.data.images.Images`; or anything
             that yields pairs of images and labels, such as a `DataLoader`.
         labels: (N,), with tensors.

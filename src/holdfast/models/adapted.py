@@ -99,8 +99,7 @@ def own_copy(model: nn.Module) -> nn.Module:
         if "graph leaves" in reason:
             raise HoldfastError(
                 "the model cannot be copied by copy.deepcopy, because it keeps a tensor that was computed with a"
-                " gradient: keep it detached; in place of torch.nn.utils.weight_norm, which keeps one, use"
-                " torch.nn.utils.parametrizations.weight_norm"
+                " gradient: keep it detached"
             ) from error
         raise HoldfastError(
             f"the model cannot be copied by copy.deepcopy ({reason}): keep no open files, locks or generators in it"
