@@ -195,7 +195,8 @@ def test_branches_and_compilation_do_not_reach_it(tmp_path: Path) -> None:
 def test_weights_that_a_hook_computes_are_copied(tmp_path: Path) -> None:
     """After a forward with gradients, weight_norm keeps a weight that `copy.deepcopy` refuses."""
     model = tiny_net()
-    torch.nn.utils.weight_norm(model[0])
+    with pytest.warns(FutureWarning, match="deprecated"):
+        torch.nn.utils.weight_norm(model[0])
     model(X[:2]).sum().backward()
     trained = fit(ONE, toy(), model, out=tmp_path / "run", settings=FP32).model()
     assert not torch.equal(trained(X[:2]), model.eval()(X[:2]))

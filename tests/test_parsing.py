@@ -184,7 +184,7 @@ def test_nothing_else_parses() -> None:
         ("parsing.py", "yaml.SafeLoader"),
         ("data/inert_pickle.py", "pickle._Unpickler"),
         ("runs/checkpoint.py", "torch.load"),
-        ("cli/subject.py", "torch.load"),
+        ("runs/torch_file.py", "torch.load"),
     }
     loaders = {"json.loads", "json.load", "json.JSONDecoder", "torch.load", "np.load", "np.fromfile", "np.loadtxt"}
     loaders |= {f"yaml.{name}" for name in dir(yaml) if "load" in name.lower() and "dump" not in name}

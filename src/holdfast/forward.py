@@ -116,6 +116,8 @@ class View:
         in_evaluation: Names of modules that stay in evaluation mode under every statistics (frozen BatchNorm); None:
             those that `holdfast.models.modes.kept_in_evaluation` finds when the view is run.
         cast_once: Names of weights that `detached` casts under autocast; see `holdfast.low_precision`.
+        copies_images: The network is given a copy of the images; False where the caller has made one, or wants the
+            network to see that its images are a leaf of the graph.
 
     Shapes:
         x: (B, C, H, W) in [0, 1]; never changed, though a network may write into what it is given. Logits: (B, K).
@@ -136,6 +138,7 @@ class View:
     taps: Sequence[str] = ()
     in_evaluation: frozenset[str] | None = None
     cast_once: frozenset[str] = frozenset()
+    copies_images: bool = True
 
     def __post_init__(self) -> None:
         if self.statistics not in STATISTICS:
@@ -152,7 +155,9 @@ class View:
         taps = tapped(self.model, self.taps) if self.taps else nullcontext({})
         mode = running(self.model, self.branch, training=training, in_evaluation=kept or ())
         with mode, _no_casts_without_gradient(), taps as features:
-            if not copies_input(self.model):  # it may write into them: into an attack's point, or the caller's images
+            if self.copies_images and not copies_input(
+                self.model
+            ):  # it may write into them: into an attack's point, or the caller's images
                 x = x.clone()
             output = self.model(x) if state is None else torch.func.functional_call(self.model, dict(state), (x,))
         logits = logits_of(output)

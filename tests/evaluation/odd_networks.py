@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast import load_data
+from holdfast import Linf, evaluate, load_data
+from holdfast.attacks.iterative import IterativeGradient
 from holdfast.data.loader import to_pixels
+from holdfast.evaluation.protocols import Protocol, of_attacks
+from holdfast.evaluation.result import Result
+
+BALL = Linf(0.2)
+PGD = of_attacks([IterativeGradient(steps=20, step_size=0.02)])
 
 
 class _Replaced(torch.autograd.Function):
@@ -142,3 +148,13 @@ def honest() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return trained(cnn(), epochs=5)
+
+
+def serious(found: Result) -> list[str]:
+    """Names of the serious flags."""
+    return [flag.name for flag in found.flags if flag.serious]
+
+
+def attacked(model: nn.Module, attack: str | Protocol = PGD, *, n: int = 40, **own: Any) -> Result:
+    """A short evaluation."""
+    return evaluate(model, *digits(n), threat=BALL, attack=attack, **own)

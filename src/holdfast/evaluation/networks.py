@@ -117,6 +117,7 @@ class Searching:
 
     Attributes:
         judge: The bare network on these images.
+        copied: Whether a copy is searched, and not the model itself.
         differs: How the search differs from the bare network all the same; "" where it does not.
         reason: Why no gradient reaches the pixels, where none does.
         trouble: What went wrong since it was last reset.
@@ -131,6 +132,7 @@ class Searching:
         choice = chosen(self.judge, self._copies(model, x, speed.fold and not randomised), randomised=randomised)
         self.precise, self.differs = choice.path, choice.differs
         self.differentiable, self.reason = choice.differentiable, choice.reason
+        self.copied = isinstance(self.precise.network, nn.Module)
         self.fast = self._fast(randomised) if self.low else self.precise
         self.judge.forget()
         if speed.compile and isinstance(self.precise.network, nn.Module) and not is_scripted(self.precise.network):

@@ -114,8 +114,8 @@ def ways(model: nn.Module, dtype: torch.dtype) -> list[Path]:
     wanting = {name: p.detach().requires_grad_(p.is_floating_point()) for name, p in model.named_parameters()}
     views = {
         "as they are": deciding_view(model),
-        "trainable": View(model, state={**wanting, **buffers}),
-        "frozen": View(model, state={**alike, **buffers}),
+        "trainable": View(model, state={**wanting, **buffers}, copies_images=False),
+        "frozen": View(model, state={**alike, **buffers}, copies_images=False),
     }
     if is_scripted(model):  # it takes no weights from outside
         views = {"as they are": views["as they are"]}
@@ -127,10 +127,13 @@ def ways(model: nn.Module, dtype: torch.dtype) -> list[Path]:
 
 
 def deciding_view(model: nn.Module) -> View:
-    """The model as it decides; what a forward writes into its buffers is lost, and the model's own stay as they are."""
+    """The model as it decides; what a forward writes into its buffers is lost, and the model's own stay as they are.
+
+    It is given the very images, and may write into them: the caller makes a copy.
+    """
     if is_scripted(model):  # it takes no buffers from outside: a copy is run
-        return View(plain_copy(model))
-    return View(model, state=_buffers(model))
+        return View(plain_copy(model), copies_images=False)
+    return View(model, state=_buffers(model), copies_images=False)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

@@ -194,6 +194,8 @@ class Plan:
         # where only a row's last claim is looked at, a false one of low precision would hide an earlier true one
         speed = replace(self.speed, precision="fp32") if self.protocol.at_end else self.speed
         searching = Searching(self.model, x, speed, randomised=randomised)
+        if not searching.copied and distributed.rank() == 0:
+            self.display.say(f"a copy of the model is not what the model is: attacks run on {searching.precise.name}")
         watching = Watch(searching, deciding, Key(self.seed).fold("watch"), looks=self.probe and not randomised)
         images = sum(len(self.inputs.y[self._slice(number)]) for number in todo)
         self.display.work(f"{self.protocol.label}, {self.threat}", images)
