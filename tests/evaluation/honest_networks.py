@@ -80,6 +80,17 @@ class Normalized(nn.Module):
         return self.network((x - self.mean) / self.deviation)
 
 
+class InPlace(nn.Module):
+    """Subtracts the mean in place in front of a network: what it was given is overwritten."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.sub_(0.0))
+
+
 class InDouble(nn.Module):
     """A network in float64 for pixels in float32."""
 
@@ -245,6 +256,7 @@ ZOO: dict[str, Honest] = {
     "tied weights": Honest(lambda: trained(Tied)),
     "in-place ReLU in front": Honest(lambda: nn.Sequential(nn.ReLU(inplace=True), *bare("mlp").children()), "mlp"),
     "in-place ReLU in front, trained": Honest(lambda: trained(in_place_first)),
+    "in-place subtraction in front": Honest(lambda: InPlace(bare("cnn")), "cnn"),
     "frozen MLP": Honest(partial(frozen, "mlp"), "mlp"),
     "frozen CNN": Honest(partial(frozen, "cnn"), "cnn"),
     "ensemble of logits": Honest(partial(ensemble, probabilities=False)),

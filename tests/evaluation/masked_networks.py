@@ -8,6 +8,7 @@ network, or raise a serious flag. `masked_copies` holds those that tell a copy o
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -257,10 +258,25 @@ def channels_last(model: Masked, x: Tensor) -> bool:
     return not next(m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1).weight.is_contiguous()
 
 
+def called_from(part: str) -> bool:
+    """Whether a function of the package, in a file of such a name, is among the callers."""
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        if "holdfast" in frame.f_code.co_filename and part in frame.f_code.co_filename.rpartition("holdfast")[2]:
+            return True
+    return False
+
+
 BY_INPUT: dict[str, Trap] = {
     "turned for inputs with a history": trap(turned, lambda m, x: x.grad_fn is not None),
     "no gradient for leaves": trap(zero, lambda m, x: x.requires_grad and x.is_leaf),
     "turned for inputs that were written to": trap(turned, lambda m, x: not x.is_inference() and x._version > 0),
+    "turned for inputs that are views": trap(turned, lambda m, x: x._is_view()),
+    "turned where an attack calls": trap(turned, lambda m, x: called_from("attacks")),
+    "honest where a probe calls": trap(random, lambda m, x: not called_from("prob")),
+    "turned while it is compiled or exported": trap(
+        turned, lambda m, x: torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    ),
     "turned in any precision but float32": trap(
         turned, lambda m, x: x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
     ),
@@ -296,6 +312,8 @@ BY_CALL: dict[str, Trap] = {
     "random after 60 calls in all": trap(random, counted_for_all),
     "turned after 40 backward passes": trap(turned, lambda m, x: False, kind=Counting),
     "steered elsewhere after 80 calls": trap(flipped, lambda m, x: m.calls > 80, kind=SteeredElsewhere),
+    "clean answers up to the 400th call": trap(clean_answer, counted(0, 400)),
+    "clean answers from the 95th call": trap(clean_answer, counted(94)),
     "clean answers after 100 calls": trap(clean_answer, lambda m, x: m.calls > 100),
     "turned after a tenth of a second": trap(turned, lambda m, x: time.monotonic() - m.born > 0.1),
     "turned outside the main thread": trap(
