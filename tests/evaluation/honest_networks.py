@@ -177,8 +177,9 @@ def dropout() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.ReLU(), nn.Dropout(0.4), nn.Linear(96, 10))
 
 
-def in_place_first() -> nn.Sequential:
-    return nn.Sequential(nn.ReLU(inplace=True), *mlp())
+def in_place_first(network: nn.Module) -> nn.Sequential:
+    """A leaky ReLU in place in front of a network; a ReLU would take the gradient from black pixels."""
+    return nn.Sequential(nn.LeakyReLU(0.1, inplace=True), network)
 
 
 @cache
@@ -254,8 +255,8 @@ ZOO: dict[str, Honest] = {
     "dropout, switched off": Honest(lambda: trained(dropout)),
     "normalised pixels": Honest(lambda: trained(lambda: Normalized(cnn()))),
     "tied weights": Honest(lambda: trained(Tied)),
-    "in-place ReLU in front": Honest(lambda: nn.Sequential(nn.ReLU(inplace=True), *bare("mlp").children()), "mlp"),
-    "in-place ReLU in front, trained": Honest(lambda: trained(in_place_first)),
+    "in-place first layer": Honest(lambda: in_place_first(bare("mlp")), "mlp"),
+    "in-place first layer, trained": Honest(lambda: trained(lambda: in_place_first(mlp()))),
     "in-place subtraction in front": Honest(lambda: InPlace(bare("cnn")), "cnn"),
     "frozen MLP": Honest(partial(frozen, "mlp"), "mlp"),
     "frozen CNN": Honest(partial(frozen, "cnn"), "cnn"),

@@ -105,6 +105,8 @@ nan = gradient(lambda g: g * torch.nan)
 tiny = gradient(lambda g: g * 1e-38 * 1e-6)
 constant = gradient(torch.ones_like)
 random = gradient(_random_direction)
+moved = gradient(lambda g: g.roll(1, 3))
+half = gradient(lambda g: torch.where(torch.arange(g.shape[3]) % 2 == 0, g, torch.zeros_like(g)))
 neighbours = gradient(lambda g: g.roll(1, 0))
 
 
@@ -224,6 +226,11 @@ def fooled_by_force(model: Any) -> nn.Module:
     return model
 
 
+def unchanged(model: nn.Module) -> nn.Module:
+    """The network itself, which fools every gradient."""
+    return model
+
+
 @dataclass(frozen=True)
 class Trap:
     """One of the zoo.
@@ -302,6 +309,8 @@ BY_CALL: dict[str, Trap] = {
     "cut after 50 calls, convolutions": trap(cut, lambda m, x: m.calls > 50, bare=bare_cnn),
     "no gradient after 150 calls": trap(zero, lambda m, x: m.calls > 150),
     "copies share a counter up to 40": trap(turned, counted(40)),
+    "copies share a counter up to 85": trap(turned, counted(85)),
+    "copies share a counter up to 105": trap(constant, counted(105)),
     "copies share a counter up to 120": trap(random, counted(120)),
     "copies share a counter up to 1000": trap(random, counted(1000)),
     "random from the 90th to the 700th call": trap(random, counted(90, 700)),
@@ -338,3 +347,10 @@ BY_IMAGE: dict[str, Trap] = {
     "flipped near the boundary": trap(flipped, near_the_boundary),
     "turned far from its images": trap(turned, far),
 }
+ALWAYS: dict[str, Trap] = {
+    "gradient turned by half a turn": trap(turned, lambda m, x: True),
+    "gradient moved by a pixel": trap(moved, lambda m, x: True),
+    "gradient of every second column": trap(half, lambda m, x: True),
+    "no gradient at black pixels": Trap(lambda network, images: nn.Sequential(nn.ReLU(), network), fooled=unchanged),
+}
+"""These behave the same in each situation: no comparison of two situations tells them."""

@@ -10,7 +10,7 @@ from honest_networks import ZOO, bare
 
 from holdfast import evaluate
 
-EVERYDAY = ("MLP", "logits × 1e-6", "float64 inside", "in-place ReLU in front")
+EVERYDAY = ("MLP", "logits × 1e-6", "float64 inside", "in-place first layer")
 
 
 @cache

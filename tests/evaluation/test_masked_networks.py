@@ -13,12 +13,12 @@ import pytest
 import torch
 from digit_networks import BALL, digits
 from masked_copies import BY_COPY, BY_LAYER, BY_WEIGHTS
-from masked_networks import BY_BATCH, BY_CALL, BY_IMAGE, BY_INPUT, Trap
+from masked_networks import ALWAYS, BY_BATCH, BY_CALL, BY_IMAGE, BY_INPUT, Trap
 from torch import nn
 
 from holdfast import HoldfastError, evaluate
 
-ZOO = {**BY_INPUT, **BY_BATCH, **BY_CALL, **BY_IMAGE, **BY_COPY, **BY_WEIGHTS, **BY_LAYER}
+ZOO = {**BY_INPUT, **BY_BATCH, **BY_CALL, **BY_IMAGE, **BY_COPY, **BY_WEIGHTS, **BY_LAYER, **ALWAYS}
 EVERYDAY = ("turned for inputs with a history", "cut after 50 calls", "perturbed: no gradient", "copy drops a field")
 REFUSED = {"an error above sixty-four images": "it must take any number of them"}
 WITH_AUTOATTACK = ("copy has no graph", "hook before BatchNorm")
