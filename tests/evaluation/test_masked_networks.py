@@ -74,7 +74,7 @@ def test_every_masked_network_is_told(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_AUTOATTACK)
 def test_autoattack_tells_them_too(name: str) -> None:
-    assert_told(name, attack="autoattack", count=20)
+    assert_told(name, attack="autoattack", count=10)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
