@@ -30,7 +30,7 @@ def assert_believed(name: str, *, count: int = 100) -> None:
 
 @pytest.mark.parametrize("name", EVERYDAY)
 def test_honest_networks_are_believed(name: str) -> None:
-    assert_believed(name, count=40)
+    assert_believed(name, count=24)
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def naive_robust_accuracy(trap: Trap, *, steps: int = 10) -> float:
 
 @pytest.mark.parametrize("name", EVERYDAY)
 def test_masked_networks_are_told(name: str) -> None:
-    assert_told(name, count=40)
+    assert_told(name, count=24)
 
 
 @pytest.mark.slow
