@@ -223,30 +223,38 @@ def _repeated(probed: ProbedModel, points: Tensor) -> tuple[int, float, list[int
 
 
 def _batch_dependent(probed: ProbedModel) -> Flag | None:
-    """The same images in another order, in batches of one, a quarter and the rest."""
-    n = len(probed.x)
+    """The same images in another order, in batches of one, a quarter and the rest; and points of the ball likewise."""
     if probed.randomised:
         return None  # the draws differ
+    point = probed.random_point
+    return _in_other_batches(probed, probed.x, probed.clean, "images") or _in_other_batches(
+        probed, point, probed.logits(point), "random points of the ball"
+    )
+
+
+def _in_other_batches(probed: ProbedModel, x: Tensor, answers: Tensor, what: str) -> Flag | None:
+    """Compare answers with those to the same images in other batches."""
+    n = len(x)
     try:
         if n == 1:
-            other = probed.logits(torch.cat([probed.x, probed.x.flip(-1)]))[:1]
+            other = probed.logits(torch.cat([x, x.flip(-1)]))[:1]
         else:
-            order = torch.arange(n - 1, -1, -1, device=probed.x.device)
+            order = torch.arange(n - 1, -1, -1, device=x.device)
             parts = [part for part in order.tensor_split([1, 1 + n // 4]) if len(part)]
-            other = torch.cat([probed.logits(probed.x[part]) for part in parts])[order]
+            other = torch.cat([probed.logits(x[part]) for part in parts])[order]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError) as error:
         says = f"the model fails on a batch of another size: {first_line(error)}"
         return Flag("batch-dependent", says, "serious", {"n": n})
-    apart = (unit(other) - unit(probed.clean)).norm(dim=1)
+    apart = (unit(other) - unit(answers)).norm(dim=1)
     largest, differ = float(apart.max()), count(apart > BATCH_TOLERANCE)
-    changed = count(other.argmax(1) != probed.clean.argmax(1))
+    changed = count(other.argmax(1) != answers.argmax(1))
     if differ == 0:
         return None
     return Flag(
         "batch-dependent",
-        f"in another batch the logits of {differ} of {n} images differ by up to {largest:.2g} (logits of length 1) and"
+        f"in another batch the logits of {differ} of {n} {what} differ by up to {largest:.2g} (logits of length 1) and"
         f" {changed} predictions change",
         "serious",
         {"difference": largest, "differ": differ, "changed": changed, "n": n},

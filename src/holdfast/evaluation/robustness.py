@@ -19,8 +19,10 @@ from holdfast.errors import Damaged, HoldfastError
 from holdfast.evaluation import fingerprint, flags, probes, results, watch
 from holdfast.evaluation.estimate import Estimate
 from holdfast.evaluation.inputs import Inputs, as_inputs, check_logits, chosen
+from holdfast.evaluation.landmarks import Landmarks
 from holdfast.evaluation.ledger import PROTOCOL, SEARCH, Ledger
 from holdfast.evaluation.networks import Deciding, Searching, Speed
+from holdfast.evaluation.paths import undisturbed
 from holdfast.evaluation.probed_model import left_as_it_was
 from holdfast.evaluation.protocols import Options, Protocol, adaptations, protocol_of
 from holdfast.evaluation.pursuit import Pursuit, Rules
@@ -118,11 +120,13 @@ class Plan:
             logits, notes = self._first_logits()
             ledger = Ledger(self.path, self.describe(logits, notes), lock)
             self._open(ledger)
+            landmarks = None if ledger.finished else self._landmarks()
             raised = self._probed(ledger)
             if not ledger.finished:
                 randomised = any(flag.name == "randomised" for flag in raised)
                 with interruption.finishing("this pass"):
-                    self._units(ledger, interruption, classes=logits.shape[1], randomised=randomised)
+                    classes = logits.shape[1]
+                    self._units(ledger, interruption, landmarks, classes=classes, randomised=randomised)
             return self._result(ledger, raised)
 
     def _open(self, ledger: Ledger) -> None:
@@ -144,6 +148,16 @@ class Plan:
             logits = Deciding(self.model, self.speed.batch_size)(x)
         check_logits(logits, self.inputs.y, len(x))
         return logits, notes
+
+    def _landmarks(self) -> Landmarks | None:
+        """Points that the model is asked about before all else, to be asked about them again."""
+        if not self.probe:
+            return None
+        x = self.inputs.part(slice(0, TRIED))[0]
+        with undisturbed(self.model, x.device):
+            return Landmarks(
+                Deciding(self.model, self.speed.batch_size), x, self.threat, Key(self.seed).fold("landmarks")
+            )
 
     @property
     def _count(self) -> int:
@@ -172,7 +186,15 @@ class Plan:
                 write_json(file, {"flags": [flags.as_dict(flag) for flag in raised]})
         return raised
 
-    def _units(self, ledger: Ledger, interruption: Interruption, *, classes: int, randomised: bool) -> None:
+    def _units(
+        self,
+        ledger: Ledger,
+        interruption: Interruption,
+        landmarks: Landmarks | None,
+        *,
+        classes: int,
+        randomised: bool,
+    ) -> None:
         """Work on every unit of this process that is not yet done.
 
         Raises:
@@ -196,7 +218,8 @@ class Plan:
         searching = Searching(self.model, x, speed, randomised=randomised)
         if not searching.copied and distributed.rank() == 0:
             self.display.say(f"a copy of the model is not what the model is: attacks run on {searching.precise.name}")
-        watching = Watch(searching, deciding, Key(self.seed).fold("watch"), looks=self.probe and not randomised)
+        key = Key(self.seed).fold("watch")
+        watching = Watch(searching, deciding, key, looks=self.probe and not randomised, landmarks=landmarks)
         images = sum(len(self.inputs.y[self._slice(number)]) for number in todo)
         self.display.work(f"{self.protocol.label}, {self.threat}", images)
         estimate = Estimate(self.protocol.attacks, classes, images)

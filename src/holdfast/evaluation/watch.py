@@ -17,6 +17,7 @@ from torch import Tensor
 from holdfast.errors import HoldfastError
 from holdfast.evaluation.agreement import FULL, HALF, gradients_apart, logits_apart, moved
 from holdfast.evaluation.flags import Flag
+from holdfast.evaluation.landmarks import Landmarks
 from holdfast.evaluation.networks import Deciding, Pass, SearchFailed, Searching, Trouble
 from holdfast.evaluation.paths import told, undisturbed
 from holdfast.keyed_random import Key
@@ -24,6 +25,7 @@ from holdfast.keyed_random import Key
 ROWS = 8  # of a pass, at most
 EVERY = 16  # one row of so many is looked at
 SECOND_LOOKS = 4  # in a unit: each costs a pass of the whole batch
+SLOPE = 0.8  # honest networks lie above 0.95, whatever their layers
 AGAIN = 4  # every so manieth of the first points is asked again
 
 
@@ -40,6 +42,8 @@ class Sight:
         gradients: Rows whose gradients were compared, those that were apart, those where the search's was exactly
             zero, and those of them where the model's was not, which no rounding does.
         again: Rows that were asked again at the end, and those that were answered otherwise than at the start.
+        slope_rows: Rows in which the gradient was compared with differences of the deciding network's answers.
+        slope: The least cosine between the two, of any unit.
         forward: Passes made for looking, of one image each.
         backward: Likewise.
         start_forward: Passes made for the comparison at the start, which every unit names and is counted once.
@@ -61,6 +65,8 @@ class Sight:
     gradients_lost: int = 0
     again: int = 0
     again_apart: int = 0
+    slope_rows: int = 0
+    slope: float = 1.0
     share: float = 0.0
     forward: int = 0
     backward: int = 0
@@ -81,13 +87,14 @@ class Sight:
         self.size = min((size for size in (self.size, other.size) if size), default=0)
         for name in ("share", "start_forward", "start_backward"):
             setattr(self, name, max(getattr(self, name), getattr(other, name)))
+        self.slope = min(self.slope, other.slope)
         for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 COUNTS = (
     "cut", "logits", "logits_apart", "gradients", "gradients_apart", "gradients_zero", "gradients_lost", "again",
-    "again_apart", "forward", "backward",
+    "again_apart", "slope_rows", "forward", "backward",
 )  # fmt: skip
 
 
@@ -105,7 +112,7 @@ def from_dict(found: Mapping[str, Any]) -> Sight:
     sight = Sight()
     for each in fields(Sight):
         value = found.get(each.name, getattr(sight, each.name))
-        kind = float if each.name == "share" else type(getattr(sight, each.name))
+        kind = float if each.name in ("share", "slope") else type(getattr(sight, each.name))
         if not isinstance(value, (kind, int) if kind is float else kind):
             raise TypeError(f"{each.name} is {value!r}")
         setattr(sight, each.name, value)
@@ -137,9 +144,13 @@ class Watch:
         deciding: The network that decides.
         key: Of the choice of passes and rows.
         looks: Whether visited points are compared; what goes wrong in a search by itself is always noted.
+        landmarks: Points that the deciding network was asked about before anything else.
     """
 
-    def __init__(self, searching: Searching, deciding: Deciding, key: Key, *, looks: bool) -> None:
+    def __init__(
+        self, searching: Searching, deciding: Deciding, key: Key, *, looks: bool, landmarks: Landmarks | None = None
+    ) -> None:
+        self.landmarks = landmarks if looks else None
         self.searching, self.deciding, self.key, self.looks = searching, deciding, key, looks
         judge = searching.judge
         self.tolerance = HALF if searching.low else judge.tolerance
@@ -286,6 +297,8 @@ class Watch:
         sight, trouble = self.sight, self.searching.trouble
         if self.first is not None:
             self._again(*self.first)
+        if self.landmarks is not None:
+            self._revisit(self.landmarks)
         sight.cut, sight.cut_says = trouble.cut, trouble.why
         sight.size, sight.size_says = trouble.size, trouble.fails
         sight.share = self.tolerance.share
@@ -312,6 +325,44 @@ class Watch:
         sight.again += len(points)
         sight.again_apart += int(other.sum())
 
+    def _revisit(self, landmarks: Landmarks) -> None:
+        """Ask the deciding network what it was asked first of all, and hold the search's gradient against it."""
+        judge, sight = self.searching.judge, self.sight
+        with undisturbed(judge.model, landmarks.points.device):
+            changed = landmarks.changed(self.deciding, judge.tolerance.logits)
+        sight.forward += len(changed)
+        sight.again += len(changed)
+        sight.again_apart += int(changed.sum())
+        if not self.searching.differentiable:
+            return  # another flag says so
+
+        def quiet(x: Tensor) -> Tensor:
+            with undisturbed(judge.model, x.device):
+                return self.deciding(x)
+
+        def gradient(x: Tensor) -> Tensor:
+            weights = landmarks.weights
+            with undisturbed(judge.model, x.device):
+                done = self.searching.run(
+                    x, lambda logits: (logits * weights.to(logits)).sum(1), "gradient", fast=False
+                )
+            sight.forward += len(x)
+            sight.backward += len(x)
+            return torch.zeros_like(x) if done.gradient is None else done.gradient
+
+        trouble = self.searching.trouble
+        self.searching.trouble = Trouble()  # what is seen is not the attack's
+        try:
+            slopes = landmarks.slopes(quiet, gradient, halves=judge.tolerance is HALF)
+        except SearchFailed:
+            return
+        finally:
+            self.searching.trouble = trouble
+        sight.forward += slopes.forward
+        sight.slope_rows += slopes.rows
+        if slopes.rows >= 2:
+            sight.slope = min(sight.slope, slopes.cosine)
+
     def failed(self, attack: str, error: SearchFailed) -> None:
         """An attack ended because the network could not be run."""
         self.sight.failed.append(attack)
@@ -329,8 +380,8 @@ def flags_of(sight: Sight, raised: Sequence[Flag] = ()) -> list[Flag]:
         >>> [flag.name for flag in flags_of(Sight(cut=3, cut_says="the logits carry no graph"))]
         ['no-gradients']
     """
-    found = [_differs(sight), _none(sight), _fails(sight)]
-    names = {flag.name for flag in raised}
+    found = [_differs(sight), _none(sight), _fails(sight), _misleads(sight)]
+    names = {flag.name for flag in raised if flag.serious}
     return [flag for flag in found if flag is not None and flag.name not in names]
 
 
@@ -363,6 +414,19 @@ def _none(sight: Sight) -> Flag | None:
         says = f"the gradient that attacks got was exactly zero at all {sight.gradients} visited points looked at"
         return Flag("no-gradients", says, "serious", values)
     return None
+
+
+def _misleads(sight: Sight) -> Flag | None:
+    """The gradient is not that of the function that decides."""
+    if sight.slope >= SLOPE:
+        return None
+    return Flag(
+        "misleading-gradients",
+        f"what the search's gradient promises and what the model's answers do in small steps have a cosine of"
+        f" {sight.slope:.2f} only ({sight.slope_rows} points of the ball)",
+        "serious",
+        {"cosine": sight.slope, "points": sight.slope_rows},
+    )
 
 
 def _fails(sight: Sight) -> Flag | None:
