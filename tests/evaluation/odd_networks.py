@@ -123,13 +123,13 @@ def cnn(norm: Callable[[int], nn.Module] = nn.BatchNorm2d, activation: type[nn.M
     )
 
 
-def trained(network: nn.Module, *, epochs: int = 3, within: float = 0.15) -> nn.Module:
+def trained(network: nn.Module, *, epochs: int = 3, within: float = 0.15, rate: float = 5e-3) -> nn.Module:
     """A network after a little adversarial training with one step."""
     train = load_data("digits").train
     x, y = to_pixels(train.pixels, torch.float32), train.labels.long()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        optimizer = torch.optim.Adam(network.parameters(), 5e-3)
+        optimizer = torch.optim.Adam(network.parameters(), rate)
         for _ in range(epochs):
             for rows in torch.randperm(len(x)).split(128):
                 point = x[rows].requires_grad_(True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def test_every_odd_network_gets_the_bare_number_or_a_serious_flag(action: str, p
     assert serious(bare) == []
     for when in CONDITIONS:
         found = attacked(Odd(copy.deepcopy(honest()), when, action), "quick", n=60, speed=speed)
-        near = abs(found.robust_accuracy - bare.robust_accuracy) <= 0.02
+        near = found.robust_accuracy <= bare.robust_accuracy + 0.02  # less is an attack that found more, and verified
         assert near or serious(found), (when, found.robust_accuracy)
         if when == "never":
             assert serious(found) == []
@@ -38,7 +39,7 @@ class Around(nn.Module):
         self.inner, self.after, self.halves = inner, after, halves
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.halves):
+        with torch.autocast("cpu", dtype=torch.bfloat16) if self.halves else nullcontext():
             return self.after(self.inner(x)).to(x.dtype)
 
 
@@ -60,8 +61,8 @@ class SmallTransformer(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(1, 32, 2, 2)
         self.place = nn.Parameter(torch.randn(1, 16, 32) * 0.02)
-        layer = nn.TransformerEncoderLayer(32, 4, 64, 0.1, "gelu", batch_first=True)
-        self.body, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(32, 10)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, 0.1, "gelu", batch_first=True, norm_first=True)
+        self.body, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(32, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(self.patches(x).flatten(2).transpose(1, 2) + self.place).mean(1))
@@ -87,7 +88,7 @@ HONEST: dict[str, Callable[[], nn.Module]] = {
     "gelu": lambda: trained(cnn(activation=nn.GELU)),
     "mlp": lambda: trained(mlp(), epochs=6),
     "max-pooling": lambda: trained(pooled()),
-    "transformer": lambda: trained(SmallTransformer(), epochs=6),
+    "transformer": lambda: trained(SmallTransformer(), epochs=6, rate=2e-3),
     "ensemble": lambda: Mean(honest(), trained(mlp())),
     "float64": lambda: copy.deepcopy(honest()).double(),
     "bfloat16 inside": lambda: Around(honest(), lambda logits: logits, halves=True),
@@ -109,6 +110,6 @@ def test_honest_networks_are_searched_as_a_copy_and_never_called_different(name:
     assert searching.low == (precision == "bf16" and name not in ("float64", "bfloat16"))
     for threat in (BALL, L1("2/1")):
         found = evaluate(model, *digits(40), threat=threat, attack="quick", speed=Speed(precision=precision))
-        known = {"saturated-cross-entropy"} if name == "logits times 100" else set()
-        assert set(serious(found)) <= known
+        known = {"logits times 100": {"saturated-cross-entropy"}, "untrained": {"constant-predictions"}}
+        assert set(serious(found)) <= known.get(name, set())
         assert {"search-differs", "no-gradients", "batch-dependent"}.isdisjoint(flag.name for flag in found.flags)
