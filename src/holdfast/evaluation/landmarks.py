@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from holdfast.evaluation.agreement import logits_apart
+from holdfast.evaluation.agreement import gradients_apart, logits_apart
 from holdfast.keyed_random import Key, normal, uniform
 from holdfast.threat import ThreatModel
 
 DIRECTIONS = 6
 STEPS = (0.003, 0.01)  # of the pixel range: the second where the first does not convince, for 16 bits round it away
 CONVINCING = 0.9
+INSIDE = 0.001  # of the pixel range
 ROUNDING = 4 * 2.0**-20  # of the largest logit, in float32: a smaller change is not one
 ROUNDING_IN_HALVES = 4 * 2.0**-8
 
@@ -93,6 +94,14 @@ class Landmarks:
             if best.cosine >= CONVINCING:
                 break
         return best._replace(forward=forward)
+
+    def edges(self, gradient: Network) -> Tensor:
+        """How far the gradient is from that a little inside the pixel range, as a share of the longer one, (n,).
+
+        A first layer with a kink at 0 or at 1 leaves black or white pixels without a gradient.
+        """
+        inside = gradient(self.points.clamp(INSIDE, 1 - INSIDE))
+        return gradients_apart(gradient(self.points), inside, self.weights, self.logits)
 
     def _at(self, point: Tensor, deciding: Network, gradient: Tensor, step: float, rounding: float) -> Slopes:
         """With one length of step."""

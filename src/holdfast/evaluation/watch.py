@@ -25,6 +25,7 @@ from holdfast.keyed_random import Key
 ROWS = 8  # of a pass, at most
 EVERY = 16  # one row of so many is looked at
 SECOND_LOOKS = 4  # in a unit: each costs a pass of the whole batch
+EDGES = 0.25  # of the points: kinks
 SLOPE = 0.8  # honest networks lie above 0.95, whatever their layers
 AGAIN = 4  # every so manieth of the first points is asked again
 
@@ -44,6 +45,7 @@ class Sight:
         again: Rows that were asked again at the end, and those that were answered otherwise than at the start.
         slope_rows: Rows in which the gradient was compared with differences of the deciding network's answers.
         slope: The least cosine between the two, of any unit.
+        edges: Points whose gradient was taken again a little inside [0, 1], and those where it was another one there.
         forward: Passes made for looking, of one image each.
         backward: Likewise.
         start_forward: Passes made for the comparison at the start, which every unit names and is counted once.
@@ -67,6 +69,8 @@ class Sight:
     again_apart: int = 0
     slope_rows: int = 0
     slope: float = 1.0
+    edges: int = 0
+    edges_apart: int = 0
     share: float = 0.0
     forward: int = 0
     backward: int = 0
@@ -94,7 +98,7 @@ class Sight:
 
 COUNTS = (
     "cut", "logits", "logits_apart", "gradients", "gradients_apart", "gradients_zero", "gradients_lost", "again",
-    "again_apart", "slope_rows", "forward", "backward",
+    "again_apart", "slope_rows", "edges", "edges_apart", "forward", "backward",
 )  # fmt: skip
 
 
@@ -354,11 +358,14 @@ class Watch:
         self.searching.trouble = Trouble()  # what is seen is not the attack's
         try:
             slopes = landmarks.slopes(quiet, gradient, halves=judge.tolerance is HALF)
+            apart = landmarks.edges(gradient) > judge.tolerance.gradients
         except SearchFailed:
             return
         finally:
             self.searching.trouble = trouble
         sight.forward += slopes.forward
+        sight.edges += len(apart)
+        sight.edges_apart += int(apart.sum())
         sight.slope_rows += slopes.rows
         if slopes.rows >= 2:
             sight.slope = min(sight.slope, slopes.cosine)
@@ -418,15 +425,21 @@ def _none(sight: Sight) -> Flag | None:
 
 def _misleads(sight: Sight) -> Flag | None:
     """The gradient is not that of the function that decides."""
-    if sight.slope >= SLOPE:
+    says = []
+    if sight.slope < SLOPE:
+        says.append(
+            "what the search's gradient promises and what the model's answers do in small steps have a cosine of"
+            f" {sight.slope:.2f} only ({sight.slope_rows} points of the ball)"
+        )
+    if sight.edges_apart >= 2 and sight.edges_apart > EDGES * sight.edges:
+        says.append(
+            f"at {sight.edges_apart} of {sight.edges} points of the ball the gradient is another one as soon as pixels"
+            " of exactly 0 or 1 are moved inwards"
+        )
+    if not says:
         return None
-    return Flag(
-        "misleading-gradients",
-        f"what the search's gradient promises and what the model's answers do in small steps have a cosine of"
-        f" {sight.slope:.2f} only ({sight.slope_rows} points of the ball)",
-        "serious",
-        {"cosine": sight.slope, "points": sight.slope_rows},
-    )
+    values = {"cosine": sight.slope, "points": sight.slope_rows, "edges": sight.edges, "edges_apart": sight.edges_apart}
+    return Flag("misleading-gradients", "; ".join(says), "serious", values)
 
 
 def _fails(sight: Sight) -> Flag | None:
