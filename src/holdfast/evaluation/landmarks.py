@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from holdfast.evaluation.agreement import gradients_apart, logits_apart
+from holdfast.evaluation.agreement import logits_apart
 from holdfast.keyed_random import Key, normal, uniform
 from holdfast.threat import ThreatModel
 
@@ -96,12 +96,13 @@ class Landmarks:
         return best._replace(forward=forward)
 
     def edges(self, gradient: Network) -> Tensor:
-        """How far the gradient is from that a little inside the pixel range, as a share of the longer one, (n,).
+        """How much of the gradient a little inside the pixel range is exactly zero at pixels of 0 or 1, (n,).
 
-        A first layer with a kink at 0 or at 1 leaves black or white pixels without a gradient.
+        A first layer that is flat below 0 or above 1 leaves black or white pixels without a gradient.
         """
-        inside = gradient(self.points.clamp(INSIDE, 1 - INSIDE))
-        return gradients_apart(gradient(self.points), inside, self.weights, self.logits)
+        inside = gradient(self.points.clamp(INSIDE, 1 - INSIDE)).double()
+        lost = inside * (gradient(self.points) == 0) * ((self.points <= 0) | (self.points >= 1))
+        return lost.flatten(1).norm(dim=1) / inside.flatten(1).norm(dim=1).clamp_min(1e-300)
 
     def _at(self, point: Tensor, deciding: Network, gradient: Tensor, step: float, rounding: float) -> Slopes:
         """With one length of step."""

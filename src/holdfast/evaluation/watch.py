@@ -45,7 +45,8 @@ class Sight:
         again: Rows that were asked again at the end, and those that were answered otherwise than at the start.
         slope_rows: Rows in which the gradient was compared with differences of the deciding network's answers.
         slope: The least cosine between the two, of any unit.
-        edges: Points whose gradient was taken again a little inside [0, 1], and those where it was another one there.
+        edges: Points whose gradient was taken again a little inside [0, 1], and those where much of it is zero at the
+            very edge.
         forward: Passes made for looking, of one image each.
         backward: Likewise.
         start_forward: Passes made for the comparison at the start, which every unit names and is counted once.
@@ -433,8 +434,8 @@ def _misleads(sight: Sight) -> Flag | None:
         )
     if sight.edges_apart >= 2 and sight.edges_apart > EDGES * sight.edges:
         says.append(
-            f"at {sight.edges_apart} of {sight.edges} points of the ball the gradient is another one as soon as pixels"
-            " of exactly 0 or 1 are moved inwards"
+            f"at {sight.edges_apart} of {sight.edges} points of the ball pixels of exactly 0 or 1 have no gradient, and have"
+            " one a little inside"
         )
     if not says:
         return None
