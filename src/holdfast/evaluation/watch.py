@@ -434,8 +434,8 @@ def _misleads(sight: Sight) -> Flag | None:
         )
     if sight.edges_apart >= 2 and sight.edges_apart > EDGES * sight.edges:
         says.append(
-            f"at {sight.edges_apart} of {sight.edges} points of the ball pixels of exactly 0 or 1 have no gradient, and have"
-            " one a little inside"
+            f"at {sight.edges_apart} of {sight.edges} points of the ball pixels of exactly 0 or 1 have no gradient, and"
+            " have one a little inside"
         )
     if not says:
         return None
