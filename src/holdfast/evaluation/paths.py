@@ -117,6 +117,12 @@ def ways(model: nn.Module, dtype: torch.dtype) -> list[Path]:
     ]
 
 
+def _called_ways(view: View, dtype: torch.dtype) -> list[Path]:
+    """A model that takes no weights from outside, as it is called."""
+    kinds = ((True, "a leaf"), (False, "copied"))
+    return [Path(f"the model itself, pixels {kind}", _viewed(view), dtype, leaf=leaf) for leaf, kind in kinds]
+
+
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     """Copies, into which a forward may write."""
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
@@ -152,18 +158,25 @@ class Judge:
     def __post_init__(self) -> None:
         self.x = self.x.detach()
         self.points = torch.cat([self.x, moved(self.x, KEY)])
-        self.ways = ways(self.model, self.dtype)
         self.asked: dict[Path, Answers] = {}
         self.view = View(self.model, state=_buffers(self.model))
-        self.decided = self._plain(_viewed(self.view))
+        self.ways = ways(self.model, self.dtype)
+        try:
+            self.decided = self._plain(_viewed(self.view))
+        except Exception as error:  # some models, scripted ones for example, take no weights from outside
+            told(error)
+            self.view = View(self.model)
+            self.ways = _called_ways(self.view, self.dtype)
+            self.decided = self._plain(_viewed(self.view))
         rows = torch.arange(len(self.points), device=self.x.device)
         self.weights = normal(KEY.fold("weights"), rows, self.decided.shape[1:], dtype=self.x.dtype)
         with undisturbed(self.model, self.x.device):
             halves = computes_in_halves(self.view, self.x.to(self.dtype))
         self.tolerance = tolerance_of(self.x.device, halves=halves)
-        self.answers = self.ask(self.ways[0])
+        self.usual = self.ways[0]
+        self.answers = self.ask(self.usual)
         if self.answers.alive:
-            self.path = self.ways[0]
+            self.path = self.usual
         if not self.says_alike(self._called()) and self.is_itself():
             self.contradiction = "its logits are others when it is called than when it is given its own buffers"
 
@@ -252,11 +265,9 @@ class Judge:
         self.ways = []
 
     def gradient(self, x: Tensor, weights: Tensor) -> Tensor | None:
-        """The gradient of weighted logits, of the bare network in full precision; None where it has none."""
-        if self.path is None:
-            return None
+        """The gradient of weighted logits, of the bare network in full precision; None where its graph is cut."""
         with torch.autocast(x.device.type, enabled=False):
-            return vector_product(self.path, x, weights)[1]
+            return vector_product(self.path or self.usual, x, weights)[1]
 
     def is_itself(self) -> bool:
         """Whether the deciding network repeats its answers from the same draws: otherwise nothing can be compared."""
