@@ -224,7 +224,23 @@ def test_a_network_that_draws_is_not_called_another_one() -> None:
     for own in (False, True):
         for randomised in (False, True):
             searching = Searching(Noisy(own).eval(), digits(8)[0], Speed(), randomised=randomised)
-            assert (searching.differs, searching.differentiable) == ("", True)
+            assert (searching.differs, searching.differentiable, searching.copied) == ("", True, True)
+            assert not randomised or searching.judge.passes[1] == 2 * 16  # the first way is taken
+
+
+def test_a_network_that_takes_no_weights_from_outside_is_searched() -> None:
+    """As it is called, where it cannot be copied either."""
+
+    class Alone(nn.DataParallel):
+        def __deepcopy__(self, memo: object) -> Alone:
+            raise TypeError("one is enough")
+
+    x = digits(12)[0]
+    for model in (nn.DataParallel(copy.deepcopy(honest())), Alone(copy.deepcopy(honest()))):
+        searching, gradient = searched(model, x)
+        assert searching.differs == ""
+        assert searching.copied == (type(model) is nn.DataParallel)
+        assert torch.allclose(gradient, gradient_of(honest(), x), rtol=1e-3, atol=1e-4)
 
 
 def test_comparing_changes_nothing() -> None:
@@ -342,6 +358,7 @@ LATER = {
     "a large batch, no gradient": ("large batch", "zero", "search-differs", "gradients_lost"),
     "a large batch, cut": ("large batch", "cut", "batch-dependent", "size"),
     "odd batches, no gradient": ("odd batch", "zero", "search-differs", "gradients_lost"),
+    "small batches, no gradient": ("small batch", "zero", "search-differs", "gradients_apart"),
     "perturbed images, no gradient": ("perturbed", "zero", "no-gradients", "gradients_zero"),
     "the copy late, cut": (lambda model, x: model.copied and model.calls > 20, "cut", "no-gradients", "cut"),
     "the copy late, refused": (lambda model, x: model.copied and model.calls > 20, "refuse", "no-gradients", "cut"),

@@ -88,7 +88,7 @@ HONEST: dict[str, Callable[[], nn.Module]] = {
     "gelu": lambda: trained(cnn(activation=nn.GELU)),
     "mlp": lambda: trained(mlp(), epochs=6),
     "max-pooling": lambda: trained(pooled()),
-    "transformer": lambda: trained(SmallTransformer(), epochs=6, rate=2e-3),
+    "transformer": lambda: trained(SmallTransformer(), epochs=10, rate=3e-3, within=0.05),
     "ensemble": lambda: Mean(honest(), trained(mlp())),
     "float64": lambda: copy.deepcopy(honest()).double(),
     "bfloat16 inside": lambda: Around(honest(), lambda logits: logits, halves=True),

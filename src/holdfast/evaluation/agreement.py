@@ -132,7 +132,7 @@ def computes_in_halves(view: View, x: Tensor) -> bool:
     """Whether a network computes anything in 16 bits, whatever its weights and outputs are.
 
     Example:
-        >>> class Half(nn.Module):
+        >>> class Half(torch.nn.Module):
         ...     def forward(self, x):
         ...         return x.flatten(1).bfloat16().float()
         >>> computes_in_halves(View(Half()), torch.zeros(1, 1, 1, 2))

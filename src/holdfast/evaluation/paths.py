@@ -177,8 +177,8 @@ class Judge:
     def __post_init__(self) -> None:
         self.x = self.x.detach()
         self.points = torch.cat([self.x, moved(self.x, KEY)])
-        self.ways = ways(self.model, self.dtype)
         self.asked: dict[Path, Answers] = {}
+        self.ways = ways(self.model, self.dtype)
         self.view = deciding_view(self.model)
         self.decided = self._plain(_viewed(self.view))
         rows = torch.arange(len(self.points), device=self.x.device)
@@ -186,9 +186,10 @@ class Judge:
         with undisturbed(self.model, self.x.device):
             halves = computes_in_halves(self.view, self.x.to(self.dtype))
         self.tolerance = tolerance_of(self.x.device, halves=halves)
-        self.answers = self.ask(self.ways[0])
+        self.usual = self.ways[0]
+        self.answers = self.ask(self.usual)
         if self.answers.alive:
-            self.path = self.ways[0]
+            self.path = self.usual
         if not self.says_alike(self._called()) and self.is_itself():
             self.contradiction = "its logits are others when it is called than when it is given its own buffers"
 
@@ -277,11 +278,9 @@ class Judge:
         self.ways = []
 
     def gradient(self, x: Tensor, weights: Tensor) -> Tensor | None:
-        """The gradient of weighted logits, of the bare network in full precision; None where it has none."""
-        if self.path is None:
-            return None
+        """The gradient of weighted logits, of the bare network in full precision; None where its graph is cut."""
         with torch.autocast(x.device.type, enabled=False):
-            return vector_product(self.path, x, weights)[1]
+            return vector_product(self.path or self.usual, x, weights)[1]
 
     def is_itself(self) -> bool:
         """Whether the deciding network repeats its answers from the same draws: otherwise nothing can be compared."""
