@@ -182,7 +182,7 @@ def test_only_the_first_images_are_looked_at(honest: nn.Module, images: Batch) -
     many = Batch(images.x.repeat(3, 1, 1, 1), images.y.repeat(3))
     probed(Around(honest, count), many)
     assert max(seen) == probes.IMAGES
-    assert sum(seen) <= 100 * probes.IMAGES  # what a probe may cost
+    assert sum(seen) <= 103 * probes.IMAGES  # what a probe may cost
 
 
 # -------------------------------------------------------------------------------------------------- thresholds' edges

@@ -117,7 +117,7 @@ def ways(model: nn.Module, dtype: torch.dtype) -> list[Path]:
         "trainable": View(model, state={**wanting, **buffers}, copies_images=False),
         "frozen": View(model, state={**alike, **buffers}, copies_images=False),
     }
-    if is_scripted(model):  # it takes no weights from outside
+    if not takes_weights(model):
         views = {"as they are": views["as they are"]}
     return [
         Path(f"the model itself, weights {name}, pixels {kind}", _viewed(view), dtype, leaf=leaf)
@@ -131,9 +131,18 @@ def deciding_view(model: nn.Module) -> View:
 
     It is given the very images, and may write into them: the caller makes a copy.
     """
-    if is_scripted(model):  # it takes no buffers from outside: a copy is run
-        return View(plain_copy(model), copies_images=False)
-    return View(model, state=_buffers(model), copies_images=False)
+    if takes_weights(model):
+        return View(model, state=_buffers(model), copies_images=False)
+    try:
+        model = plain_copy(model)
+    except Exception as error:  # whatever a copy raises that the model's own code cannot stand: it is run itself
+        told(error)
+    return View(model, copies_images=False)
+
+
+def takes_weights(model: nn.Module) -> bool:
+    """Whether the model can be run with tensors from outside in place of its own: TorchScript and wrappers cannot."""
+    return not isinstance(model, nn.DataParallel) and not any(is_scripted(module) for module in model.modules())
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

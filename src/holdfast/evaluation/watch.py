@@ -163,7 +163,8 @@ class Watch:
         self.begin(0)
         if looks:
             self.first = self._ask_first()
-        self.start = judge.passes[0] + self.sight.forward, judge.passes[1] + self.sight.backward
+        asked = len(landmarks.points) if self.landmarks is not None and landmarks is not None else 0
+        self.start = judge.passes[0] + self.sight.forward + asked, judge.passes[1] + self.sight.backward
 
     def begin(self, unit: int) -> None:
         """A unit begins."""
