@@ -18,13 +18,15 @@ from holdfast import Linf, evaluate
 from holdfast.attacks.iterative import IterativeGradient
 from holdfast.attacks.square import Square
 from holdfast.errors import Damaged, HoldfastError
-from holdfast.evaluation import probes, watch
+from holdfast.evaluation import probes
+from holdfast.evaluation import sight as sights
 from holdfast.evaluation.agreement import FULL, HALF, computes_in_halves, gradients_apart, logits_apart, moved
 from holdfast.evaluation.ledger import Ledger
 from holdfast.evaluation.networks import Deciding, SearchFailed, Searching, Speed
 from holdfast.evaluation.paths import Judge
 from holdfast.evaluation.protocols import of_attacks
-from holdfast.evaluation.watch import Sight, Watch, flags_of, from_dict, together
+from holdfast.evaluation.sight import Sight, flags_of, from_dict, together
+from holdfast.evaluation.watch import Watch
 from holdfast.forward import View
 from holdfast.keyed_random import Key
 
@@ -425,7 +427,7 @@ def test_an_honest_network_is_not_flagged_and_what_is_looked_at_is_counted(
 
     monkeypatch.setattr(Watch, "due", lambda self: self.looks)  # look all the time
     seen: list[Sight] = []
-    monkeypatch.setattr(watch, "flags_of", lambda sight, raised: seen.append(sight) or flags_of(sight, raised))
+    monkeypatch.setattr(sights, "flags_of", lambda sight, raised: seen.append(sight) or flags_of(sight, raised))
     steps = {"pgd": PGD, "fab": "fab", "square": of_attacks([Square(queries=30)])}[attack]
     found = attacked(Counted().eval(), steps, n=10, speed=Speed(fold=False))
     assert serious(found) == []
@@ -526,7 +528,7 @@ def test_edges_of_the_flags() -> None:
 def test_sights_add_up_and_survive_json() -> None:
     one = Sight(starts=["a"], cut=2, cut_says="x", size=8, logits=3, share=0.02, forward=5, start_forward=7)
     two = Sight(starts=["a", "b"], cut=1, size=4, size_says="y", failed=["PGD"], share=0.1, forward=1, start_forward=7)
-    whole = together(json.loads(json.dumps([watch.as_dict(one), watch.as_dict(two), {}])))
+    whole = together(json.loads(json.dumps([sights.as_dict(one), sights.as_dict(two), {}])))
     wanted = Sight(
         starts=["a", "b"], cut=3, cut_says="x", size=4, size_says="y", failed=["PGD"], logits=3, share=0.1, forward=6,
         start_forward=7,

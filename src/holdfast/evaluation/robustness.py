@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from holdfast import __version__, distributed
 from holdfast.attacks.stepwise import StepwiseAttack
 from holdfast.errors import Damaged, HoldfastError
-from holdfast.evaluation import fingerprint, flags, probes, results, watch
+from holdfast.evaluation import fingerprint, flags, probes, results, sight
 from holdfast.evaluation.estimate import Estimate
 from holdfast.evaluation.inputs import Inputs, as_inputs, check_logits, chosen
 from holdfast.evaluation.landmarks import Landmarks
@@ -233,7 +233,7 @@ class Plan:
             seconds = (time.monotonic() - started) / len(unit.y)
             rows = rows_of(unit, self.protocol.attacks, seconds, deciding, self.threat.epsilon)
             examples = {"x": unit.x, "x_adv": unit.example, "y": unit.y, "index": unit.index}
-            seen = watch.as_dict(watching.end())
+            seen = sight.as_dict(watching.end())
             ledger.write(number, rows, examples if self.save_examples else None, seen)
             estimate.done_images += len(unit.y)
             self.display.advance(len(unit.y))
@@ -311,12 +311,12 @@ class Plan:
             self.display.say(
                 f"files of {ledger.path} are used unchecked, without a .sha256 beside them (older versions wrote none)"
             )
-        sight = self._seen(ledger, seen)
-        every = [*raised, *watch.flags_of(sight, raised)]
+        whole = self._seen(ledger, seen)
+        every = [*raised, *sight.flags_of(whole, raised)]
         every += flags.from_rows(rows, threat=self.threat) if self.probe else []
         told = [flags.as_dict(flag) for flag in every]
         summary = results.summarize(rows, protocol, told)
-        summary["passes"]["checking"] = sight.passes / max(1, len(rows))
+        summary["passes"]["checking"] = whole.passes / max(1, len(rows))
         summary = {**summary, "about": protocol["about"], "notes": protocol["notes"]}
         log = results.log(summary, protocol) + "".join(f"note: {note}\n" for note in protocol["notes"])
         with distributed.refused_together():
@@ -329,10 +329,10 @@ class Plan:
                 ledger.check()
         return Result(summary, rows, every, ledger.path, log, ledger)
 
-    def _seen(self, ledger: Ledger, seen: Sequence[Mapping[str, Any]]) -> watch.Sight:
+    def _seen(self, ledger: Ledger, seen: Sequence[Mapping[str, Any]]) -> sight.Sight:
         """What was seen of all searches."""
         try:
-            return watch.together(seen)
+            return sight.together(seen)
         except TypeError:
             advice = f"delete {ledger.path} and evaluate again"
             raise Damaged(f"{ledger.path and ledger.path / SEARCH} is damaged", advice) from None
