@@ -37,6 +37,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_devices_for_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are accelerators, it would move the tests' networks to them."""
+    monkeypatch.setattr("torch.nn.parallel.data_parallel._get_available_device_type", lambda: None)
+
+
 def small_network(*, norm: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """Two convolutions with BatchNorm between them, for 8x8 grey images and five classes."""
     with torch.random.fork_rng(devices=[]):

@@ -313,6 +313,27 @@ def test_edge_of_batch_dependence(honest: nn.Module, images: Batch) -> None:
     assert flag.values["changed"] <= 2
 
 
+@pytest.mark.parametrize(("size", "halves", "told"), [(0.01, True, False), (0.1, True, True), (0.01, False, True)])
+def test_rounding_of_16_bits_depends_on_the_batch(
+    honest: nn.Module, images: Batch, size: float, halves: bool, told: bool
+) -> None:
+    """As kernels of accelerators do; in float32 as much is no rounding."""
+
+    class Rounds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = honest
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.inner(x)
+            if halves:
+                logits = logits.double() + 0 * logits.bfloat16()
+            return logits.float() + size * logits.norm(dim=1, keepdim=True) * (len(x) % 2) * torch.eye(10)[0]
+
+    flag = probes._batch_dependent(subject(Rounds(), images))
+    assert (flag is not None) == told
+
+
 def test_a_model_of_one_batch_size_only(honest: nn.Module, images: Batch) -> None:
     """It fails on a batch of one: that is told, not raised."""
     model = Around(honest, lambda x: x.view(64, 1, 8, 8))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
+from holdfast.evaluation.agreement import computes_in_halves
 from holdfast.evaluation.draws import begin_draws
 from holdfast.evaluation.draws import left_as_it_was as left_as_it_was
 from holdfast.evaluation.networks import Searching, Speed
@@ -82,6 +83,11 @@ class ProbedModel:
             self.reason = self.search.reason
             return None
         return found
+
+    @cached_property
+    def halves(self) -> bool:
+        """Whether it computes anything in 16 bits."""
+        return computes_in_halves(self.view, self.x[:1].to(self.dtype))
 
     @cached_property
     def search(self) -> Searching:
