@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two test processes share two cores
 
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _no_devices_for_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are accelerators, it would move the tests' networks to them."""
-    monkeypatch.setattr("torch.nn.parallel.data_parallel._get_available_device_type", lambda: None)
+    module = sys.modules["torch.nn.parallel.data_parallel"]  # by attributes the name leads to a function
+    monkeypatch.setattr(module, "_get_available_device_type", lambda: None)
 
 
 def small_network(*, norm: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
