@@ -14,6 +14,7 @@ from torch import nn
 
 from holdfast import AdversarialStep, HoldfastError, fit, load_model
 from holdfast.evaluation.networks import Speed
+from holdfast.models.modes import in_evaluation_mode, kept_in_evaluation
 from holdfast.objectives.distillation import Distillation
 from holdfast.objectives.trades import TRADES
 from holdfast.views.split_batchnorm import SplitBatchNorm
@@ -216,3 +217,58 @@ def test_networks_that_cannot_be_copied(tmp_path: Path) -> None:
             fit(ONE, toy(), model, out=tmp_path / "run", settings=FP32)
         assert verdicts(model)
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------ weights that depend on the mode
+
+
+class Adapter(nn.Linear):
+    """A frozen layer with a low-rank adapter that `eval()` merges into its weight, as loralib's."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.weight.requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Adapter:
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.up @ self.down
+            self.merged = not mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        beside = 0 if self.merged else x @ self.down.T @ self.up.T
+        return nn.functional.linear(x, self.weight, self.bias) + beside
+
+
+def adapted() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), Adapter(64, 4))
+
+
+@pytest.mark.parametrize("given", ["train", "eval"])
+def test_adapters_that_eval_merges(given: str, tmp_path: Path) -> None:
+    """What is measured, saved, loaded and given back is one network, however it was given."""
+    model = getattr(adapted(), given)()
+    logits = model(X)
+    run = fit(tiny_recipe(), toy(), model, out=tmp_path / "run", settings=FP32)
+    assert torch.allclose(model(X), logits)
+    apart = adapted()
+    apart.load_state_dict(weights(run.path))
+    assert torch.allclose(apart[1].weight, adapted()[1].weight, atol=1e-6)
+    assert not torch.allclose(apart[1].up, adapted()[1].up)
+    right = (apart(X).argmax(1) == toy().test.labels).float().mean().item()
+    assert run.summary["clean_accuracy"] == pytest.approx(right)
+    for back in (run.model(), load_model(run.path, model=getattr(adapted(), given)())):
+        assert not back.training
+        assert torch.allclose(back(X), apart(X), atol=1e-5)
+
+
+def test_a_module_of_torch_export_has_no_modes() -> None:
+    """It refuses `train()` and `eval()`: a step takes it, and a model is loaded into it."""
+    exported = torch.export.export(tiny_net(norm=False).eval(), (X[:4],)).module()
+    assert kept_in_evaluation(exported) == frozenset()
+    assert not in_evaluation_mode(exported).training

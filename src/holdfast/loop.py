@@ -28,6 +28,7 @@ from holdfast.loop_resume import take_up
 from holdfast.loop_stop import CONFER_EVERY, asked_anywhere, at_each_batch, pause
 from holdfast.loop_watch import watch
 from holdfast.models.extra_state import with_extra
+from holdfast.models.modes import flagged
 from holdfast.models.outputs import tell_in_training
 from holdfast.progress_display import Display
 from holdfast.recipe import Recipe
@@ -50,7 +51,7 @@ class Loop:
         self.folder, self.display, self.interruption = folder, display, interruption
         self.loader: Loader = setup.loader
         self.evaluated = copy.deepcopy(setup.model)  # plain: validation runs here, eagerly, in evaluation mode
-        self.evaluated.eval().requires_grad_(False)
+        flagged(self.evaluated, training=False).requires_grad_(False)  # `eval()` may merge adapters into weights
         self.model = setup.model
         make = self.recipe.step or AdversarialStep
         with torch.random.fork_rng(devices=[]):  # a step may own a network
@@ -73,7 +74,7 @@ class Loop:
         self.optimizers = list(self.step.optimizers())
         self.reestimated: nn.Module | None = None  # with the branches that the step has added, and never compiled
         if any(average.reestimate is not None for average in self.recipe.averages):
-            self.reestimated = copy.deepcopy(self.model).eval().requires_grad_(False)
+            self.reestimated = flagged(copy.deepcopy(self.model), training=False).requires_grad_(False)
         if self.settings.compile:
             compile_in_place(self.model, "inductor" if self.settings.compile is True else self.settings.compile)
         self.run_step = self._distributed() if distributed.active() else self.step
@@ -196,7 +197,10 @@ class Loop:
         Raises:
             NonFiniteLoss: what was saved before is left as it is.
         """
-        if not bool(torch.stack([weight.isfinite().all() for weight in self.module.parameters()]).all()):
+        trained = [
+            weight for weight in self.module.parameters() if weight.requires_grad
+        ]  # a frozen mask may be infinite
+        if not bool(torch.stack([weight.isfinite().all() for weight in trained]).all()):
             raise not_finite("gradient")
 
     # -------------------------------------------------------- an epoch's end
