@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from holdfast import AdversarialStep, HoldfastError, fit, load_model
 from holdfast.evaluation.networks import Speed
@@ -272,3 +273,26 @@ def test_a_module_of_torch_export_has_no_modes() -> None:
     exported = torch.export.export(tiny_net(norm=False).eval(), (X[:4],)).module()
     assert kept_in_evaluation(exported) == frozenset()
     assert not in_evaluation_mode(exported).training
+
+
+# --------------------------------------------------------------------------------- activation checkpointing
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_is_refused_in_training(reentrant: bool, tmp_path: Path) -> None:
+    """Its layers would be computed again without the modes and weights of the step; evaluation takes it."""
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(super().forward, x, use_reentrant=reentrant)
+
+    model = Checkpointed(nn.Flatten(), nn.Linear(64, 4))
+    with pytest.raises(HoldfastError, match=r"switch activation checkpointing off, for example"):
+        fit(ONE, toy(), model, out=tmp_path / "run", settings=FP32)
+    with pytest.raises(HoldfastError, match=r"switch activation checkpointing off, for example"):
+        step_loss(model)
+    with torch.autograd.graph.save_on_cpu():  # hooks of the caller's own
+        assert step_loss(tiny_net()) == step_loss(tiny_net())
+    if not reentrant:
+        assert verdicts(model.eval()) == verdicts(nn.Sequential(*model).eval())

@@ -19,6 +19,7 @@ from holdfast.low_precision import weights_cast_once
 from holdfast.models.adapted import for_evaluation, for_training
 from holdfast.models.layout import keep_narrow_contiguous
 from holdfast.models.modes import kept_in_evaluation, with_added
+from holdfast.models.recomputation import recomputation_refused
 from holdfast.objectives.base import Objective
 from holdfast.objectives.standard import StandardTraining
 from holdfast.recipe import SGD, Recipe
@@ -58,6 +59,7 @@ class AdversarialStep(nn.Module):
         Returns means, each of shape (): "loss", and one for every term.
     Raises:
         NonFiniteLoss: a term is NaN or infinite; the message names it.
+        HoldfastError: the model uses activation checkpointing.
 
     Example:
         >>> from holdfast.recipes import pgd_at
@@ -106,7 +108,7 @@ class AdversarialStep(nn.Module):
         objective = self.warmup_objective if progress.warming_up else self.objective
         sides = objective.sides(progress)
         device = batch.x.device.type
-        with _forked_generator(progress, batch.x.device), self.autocast(device):
+        with recomputation_refused(), _forked_generator(progress, batch.x.device), self.autocast(device):
             batch = self.with_noise(batch, progress)
             if objective.attacks_soft_labels and self.recipe.label_smoothing and batch.target is None:
                 batch = self.smoothed(batch, {"one": self.one(batch)})
