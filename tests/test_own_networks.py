@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from holdfast import AdversarialStep, HoldfastError, fit, load_model
 from holdfast.evaluation.networks import Speed
@@ -285,7 +285,7 @@ def test_activation_checkpointing_is_refused_in_training(reentrant: bool, tmp_pa
 
     class Checkpointed(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return checkpoint(super().forward, x, use_reentrant=reentrant)
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=reentrant)
 
     model = Checkpointed(nn.Flatten(), nn.Linear(64, 4))
     with pytest.raises(HoldfastError, match=r"switch activation checkpointing off, for example"):
