@@ -13,11 +13,12 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from holdfast import AdversarialStep, HoldfastError, fit, load_model
+from holdfast import AdversarialStep, Batch, HoldfastError, Progress, fit, load_model
 from holdfast.evaluation.networks import Speed
 from holdfast.models.modes import in_evaluation_mode, kept_in_evaluation
 from holdfast.objectives.distillation import Distillation
 from holdfast.objectives.trades import TRADES
+from holdfast.recipes import recipe_by_name
 from holdfast.views.split_batchnorm import SplitBatchNorm
 from tiny_runs import (
     FP32,
@@ -30,7 +31,7 @@ from tiny_runs import (
     weights,
     write_toy,
 )
-from toy_verdicts import ONE, X, step_loss, trained_net, verdicts
+from toy_verdicts import ONE, X, Y, step_loss, trained_net, verdicts
 
 scripted = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
@@ -296,3 +297,19 @@ def test_activation_checkpointing_is_refused_in_training(reentrant: bool, tmp_pa
         assert step_loss(tiny_net()) == step_loss(tiny_net())
     if not reentrant:
         assert verdicts(model.eval()) == verdicts(nn.Sequential(*model).eval())
+
+
+@pytest.mark.parametrize("name", ["pgd_at", "standard"])
+def test_a_network_that_cuts_the_graph_is_refused(name: str) -> None:
+    """In words: torch only says that element 0 does not require grad."""
+
+    class Cut(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).detach()
+
+    recipe = recipe_by_name(name)(epsilon=0.1)
+    step = AdversarialStep(recipe, Cut(nn.Flatten(), nn.Linear(64, 4)))
+    with pytest.raises(HoldfastError, match="no gradient passes through the model"):
+        step(Batch(X, Y), Progress())
+    with torch.no_grad():
+        assert AdversarialStep(recipe, tiny_net())(Batch(X, Y), Progress())["loss"].isfinite()

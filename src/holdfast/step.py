@@ -27,6 +27,12 @@ from holdfast.schedule import Progress, value_at
 from holdfast.views.base import Ascended, Search
 
 
+_NO_GRADIENT = (
+    "no gradient passes through the model: take torch.no_grad, detach, .data and roundings such as argmax out of its"
+    " forward"
+)
+
+
 class Step(Protocol):
     """What the loop needs of a step. Most methods are an objective; Free-AT and LAS-AT write a step of their own."""
 
@@ -123,6 +129,8 @@ class AdversarialStep(nn.Module):
             with torch.autocast(device, enabled=False):  # losses and predictors in full precision
                 terms = objective(Forward(batch, outputs, attacked, progress, remember=True))
             means = self.reduce(terms, len(batch.y))
+            if torch.is_grad_enabled() and not means["loss"].requires_grad:
+                raise HoldfastError(_NO_GRADIENT)
             return means if further is None else {**means, "loss": means["loss"] + further}
 
     def with_noise(self, batch: Batch, progress: Progress) -> Batch:
@@ -176,7 +184,12 @@ class AdversarialStep(nn.Module):
 
         def attack(of: Batch, now: Progress) -> Attacked:
             inner_loss = objective.inner_loss(view, of, now)
-            found = self.attack(view, of, inner_loss, threat=threat, progress=now)  # type: ignore[misc]  # not None
+            try:
+                found = self.attack(view, of, inner_loss, threat=threat, progress=now)  # type: ignore[misc]  # not None
+            except RuntimeError as error:
+                if "does not require grad" in str(error):
+                    raise HoldfastError(_NO_GRADIENT) from error
+                raise
             others = {side: inside(images, of.x) for side, images in (found.others or {}).items()}
             return found._replace(x_adv=inside(found.x_adv, of.x), others=others)
 
