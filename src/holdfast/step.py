@@ -26,7 +26,6 @@ from holdfast.recipe import SGD, Recipe
 from holdfast.schedule import Progress, value_at
 from holdfast.views.base import Ascended, Search
 
-
 _NO_GRADIENT = (
     "no gradient passes through the model: take torch.no_grad, detach, .data and roundings such as argmax out of its"
     " forward"

@@ -139,7 +139,7 @@ def test_a_layer_that_returns_its_input() -> None:
     class Passing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm, self.same, self.drop = nn.BatchNorm2d(3), nn.Identity(), nn.Dropout(0.5)
+            self.norm, self.same, self.drop = nn.BatchNorm2d(X.shape[1]), nn.Identity(), nn.Dropout(0.5)
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.norm(x)
