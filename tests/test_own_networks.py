@@ -22,6 +22,7 @@ from holdfast.recipes import recipe_by_name
 from holdfast.views.split_batchnorm import SplitBatchNorm
 from tiny_runs import (
     FP32,
+    NET,
     Said,
     assert_same,
     refused,
@@ -156,6 +157,16 @@ def test_graph_modules_are_networks_like_any_other(tmp_path: Path, trained: nn.S
         assert verdicts(model)[0] == verdicts(trained)[0]
         run = fit(ONE, toy(), model, out=tmp_path / str(number), settings=FP32)
         assert set(run.model().state_dict()) == set(trained.state_dict())
+
+
+def test_networks_of_a_file_that_cannot_be_copied(tmp_path: Path) -> None:
+    """They are refused in the same words, before anything is trained."""
+    locked = (
+        "def locked(**options):\n    net = make(4, 1)\n    net.lock = __import__('threading').Lock()\n    return net\n"
+    )
+    (tmp_path / "net.py").write_text(NET + locked)
+    with pytest.raises(HoldfastError, match=r"the model cannot be copied by copy.deepcopy \(cannot pickle"):
+        fit(ONE, toy(), f"{tmp_path / 'net.py'}:locked", out=tmp_path / "run", settings=FP32)
 
 
 # ------------------------------------------------------------------------------------------- what a run gives back

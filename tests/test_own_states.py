@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from holdfast import EMA, AdversarialStep, Batch, HoldfastError, Linf, evaluate, fit, load_model
 from holdfast.averages.swa import SWA
-from holdfast.checks import returns_more_in_training
+from holdfast.checks import leaves_weights_out
 from holdfast.evaluation.networks import Searching, Speed
 from holdfast.loop import Loop
 from holdfast.objectives.distillation import Distillation
@@ -304,10 +304,21 @@ def test_auxiliary_outputs_under_torchrun() -> None:
     model = Auxiliary().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    assert returns_more_in_training(model, X[:4])
-    assert not returns_more_in_training(tiny_net(dropout=0.5), X[:4])
+    assert leaves_weights_out(model, X[:4])
+    assert not leaves_weights_out(tiny_net(dropout=0.5), X[:4])
     assert torch.equal(torch.get_rng_state(), state)
     assert_same(before, dict(model.state_dict()))
+
+
+def test_weights_that_are_left_out() -> None:
+    """A layer that is never called gets no gradient either; a frozen one needs none."""
+    never_called, frozen = tiny_net(), tiny_net()
+    never_called[0].pooler = nn.Linear(2, 2)
+    frozen[0].requires_grad_(False)
+    assert leaves_weights_out(never_called, X[:4])
+    assert not leaves_weights_out(frozen, X[:4])
+    with torch.no_grad():
+        assert not leaves_weights_out(tiny_net(), X[:4])
 
 
 def test_mappings_are_evaluated_with_batchnorm_folded(trained: nn.Sequential) -> None:

@@ -97,7 +97,7 @@ class Loop:
         parts = (getattr(self.module, part, nn.Module()) for part in ("objective", "networks", "strategy"))
         unused = any(True for part in parts for _ in part.parameters())
         unused = unused or bool(getattr(self.step, "branches", {}))  # a clean warm-up leaves the auxiliary one alone
-        unused = unused or self.setup.drops_outputs  # auxiliary classifiers, for example
+        unused = unused or self.setup.leaves_weights_out  # auxiliary classifiers, for example
         return nn.parallel.DistributedDataParallel(  # type: ignore[return-value]  # called like the step it wraps
             self.module,
             device_ids=[self.setup.device.index] if self.setup.device.type == "cuda" else None,
