@@ -14,6 +14,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from holdfast import AdversarialStep, Batch, HoldfastError, Progress, fit, load_model
+from holdfast.cli.subject import load_subject
 from holdfast.evaluation.networks import Speed
 from holdfast.models.modes import in_evaluation_mode, kept_in_evaluation
 from holdfast.objectives.distillation import Distillation
@@ -25,6 +26,7 @@ from tiny_runs import (
     NET,
     Said,
     assert_same,
+    metrics,
     refused,
     tiny_net,
     tiny_recipe,
@@ -278,6 +280,9 @@ def test_adapters_that_eval_merges(given: str, tmp_path: Path) -> None:
     for back in (run.model(), load_model(run.path, model=getattr(adapted(), given)())):
         assert not back.training
         assert torch.allclose(back(X), apart(X), atol=1e-5)
+    plain = fit(tiny_recipe(), toy(), adapted(), out=tmp_path / "plain", settings=FP32)
+    one, other = ([line["validation"] for line in metrics(each.path)] for each in (run, plain))
+    assert one == other
 
 
 def test_a_module_of_torch_export_has_no_modes() -> None:
@@ -324,3 +329,37 @@ def test_a_network_that_cuts_the_graph_is_refused(name: str) -> None:
         step(Batch(X, Y), Progress())
     with torch.no_grad():
         assert AdversarialStep(recipe, tiny_net())(Batch(X, Y), Progress())["loss"].isfinite()
+
+
+MERGING = """
+import torch
+from torch import nn
+
+class Adapter(nn.Linear):
+    def __init__(self):
+        super().__init__(64, 4)
+        self.beside, self.merged = nn.Parameter(torch.zeros(4, 64)), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.beside
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.merged else x @ self.beside.T)
+
+def make(num_classes, channels):
+    return nn.Sequential(nn.Flatten(), Adapter()).eval()
+"""
+
+
+def test_weights_for_adapters_that_a_file_gives_merged(tmp_path: Path) -> None:
+    """The weights of a run are those of training: the command takes the network apart before it loads them."""
+    (tmp_path / "net.py").write_text(MERGING)
+    source, data = f"{tmp_path / 'net.py'}:make", write_toy(tmp_path / "toy.npz")
+    run = fit(ONE, str(data), source, out=tmp_path / "run", settings=FP32)
+    found = load_subject(source, weights=str(run.path / "model" / "model.safetensors"), data=str(data), image_size=None)
+    assert weights(run.path)["1.beside"].any()
+    assert torch.allclose(found.model(X), run.model()(X), atol=1e-5)
