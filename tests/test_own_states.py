@@ -335,3 +335,24 @@ def test_mappings_are_evaluated_with_batchnorm_folded(trained: nn.Sequential) ->
     assert verdicts(Mapped(), attack="apgd-ce")[0] == verdicts(trained, attack="apgd-ce")[0]
     assert verdicts(Mapped(), speed=Speed(precision="bf16"))[0] == verdicts(trained)[0]
     assert Searching(Mapped().eval(), X, Speed()).folded == Searching(trained, X, Speed()).folded == 1
+
+
+def test_weights_without_a_gradient_are_told(tmp_path: Path) -> None:
+    """A part that the network detaches in training; frozen weights are not among them, and nothing is said of others."""
+
+    class Detaching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = tiny_net(), nn.Linear(4, 4)
+            self.body[0].requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            return self.head(x.detach() if self.training else x)
+
+    said, plain = Said(), Said()
+    fit(tiny_recipe(epochs=1), toy(), Detaching(), out=tmp_path / "run", settings=FP32, display=said)
+    fit(tiny_recipe(epochs=1), toy(), tiny_net(), out=tmp_path / "plain", settings=FP32, display=plain)
+    told = "4 of 6 tensors of weights get no gradient and stay as they are: body.1.weight, body.1.bias, body.5.weight …"
+    assert said.texts.count(told) == 1
+    assert not any("no gradient" in text for text in plain.texts)

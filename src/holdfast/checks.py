@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -94,3 +95,17 @@ def leaves_weights_out(model: nn.Module, x: Tensor) -> bool:
         logits = View(model, statistics="batch")(x).logits  # what goes wrong otherwise, the first step tells
         gradients = torch.autograd.grad(logits.sum(), trained, allow_unused=True)
     return any(gradient is None for gradient in gradients)
+
+
+def untrained_weights_told(model: nn.Module, say: Callable[[str], None]) -> None:
+    """Say which weights of a network, though not frozen, have got no gradient in a backward.
+
+    Args:
+        model: After the backward.
+        say: Gets the sentence, if there is any.
+    """
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    left = [name for name, weight in weights.items() if weight.grad is None]
+    if left:
+        few = ", ".join(left[:3]) + (" …" if len(left) > 3 else "")
+        say(f"{len(left)} of {len(weights)} tensors of weights get no gradient and stay as they are: {few}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from holdfast import distributed
 from holdfast.attacks.pgd import PGD
 from holdfast.catastrophic_overfitting import OvertakenAttack, response
+from holdfast.checks import untrained_weights_told
 from holdfast.compilation import compile_in_place
 from holdfast.data.images import Images
 from holdfast.data.loader import Loader
@@ -82,6 +83,7 @@ class Loop:
         self.warmup_steps = round(self.recipe.warmup * self.recipe.epochs * self.steps_per_epoch)
         self.epoch = self.position = self.lines = 0
         self.averaged = False  # an epoch's steps are made and its averages too, but it is not validated yet
+        self.told_untrained = False
         self.guard = OvertakenAttack()
         self.response = response(self.settings.catastrophic_overfitting, self.recipe.attack or self.recipe.step)
         self.stopped = False  # before the last epoch, because of what the guard found
@@ -167,6 +169,9 @@ class Loop:
         set_hyperparameters(self.optimizers, self.recipe, progress)
         terms = self.run_step(batch, progress)
         terms["loss"].backward()
+        if not self.told_untrained and not progress.warming_up:  # a clean warm-up leaves an auxiliary branch alone
+            self.told_untrained = True
+            untrained_weights_told(self.model, self.display.say)
         self.step.after_backward(progress)
         if self.recipe.gradient_clip is not None:
             groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
