@@ -338,7 +338,7 @@ def test_mappings_are_evaluated_with_batchnorm_folded(trained: nn.Sequential) ->
 
 
 def test_weights_without_a_gradient_are_told(tmp_path: Path) -> None:
-    """A part that the network detaches in training; frozen weights are not among them, and nothing is said of others."""
+    """A part that the network detaches in training; frozen weights do not count, and nothing is said of others."""
 
     class Detaching(nn.Module):
         def __init__(self) -> None:

@@ -128,7 +128,7 @@ class AdversarialStep(nn.Module):
             with torch.autocast(device, enabled=False):  # losses and predictors in full precision
                 terms = objective(Forward(batch, outputs, attacked, progress, remember=True))
             means = self.reduce(terms, len(batch.y))
-            if torch.is_grad_enabled() and not means["loss"].requires_grad:
+            if torch.is_grad_enabled() and not any(output.logits.requires_grad for output in outputs.values()):
                 raise HoldfastError(_NO_GRADIENT)
             return means if further is None else {**means, "loss": means["loss"] + further}
 
