@@ -239,3 +239,19 @@ def test_validation_in_low_precision_tries_once_and_gives_the_same() -> None:
             assert tried.call_count == 1
             used.clear()
     assert found[0] == found[1]
+
+
+def test_a_network_that_works_otherwise_without_gradients() -> None:
+    """A fast path may read its weight itself; then it is left to autocast."""
+
+    class Fast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(64, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1)
+            return self.head(x) if torch.is_grad_enabled() else (x.double() @ self.head.weight.double().T).float()
+
+    assert weights_cast_once(View(Fast()), torch.rand(2, 1, 8, 8)) == frozenset()
+    assert weights_cast_once(View(nn.Sequential(nn.Flatten(), nn.Linear(64, 4))), torch.rand(2, 1, 8, 8))

@@ -10,17 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
-from holdfast import AdversarialStep, HoldfastError, fit, load_model
+from holdfast import AdversarialStep, Batch, HoldfastError, Progress, fit, load_model
+from holdfast.cli.subject import load_subject
 from holdfast.evaluation.networks import Speed
+from holdfast.models.modes import in_evaluation_mode, kept_in_evaluation
 from holdfast.objectives.distillation import Distillation
 from holdfast.objectives.trades import TRADES
+from holdfast.recipes import recipe_by_name
 from holdfast.views.split_batchnorm import SplitBatchNorm
 from tiny_runs import (
     FP32,
+    NET,
     Said,
     assert_same,
+    metrics,
     refused,
     tiny_net,
     tiny_recipe,
@@ -28,7 +34,7 @@ from tiny_runs import (
     weights,
     write_toy,
 )
-from toy_verdicts import ONE, X, step_loss, trained_net, verdicts
+from toy_verdicts import ONE, X, Y, step_loss, trained_net, verdicts
 
 scripted = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
@@ -155,6 +161,16 @@ def test_graph_modules_are_networks_like_any_other(tmp_path: Path, trained: nn.S
         assert set(run.model().state_dict()) == set(trained.state_dict())
 
 
+def test_networks_of_a_file_that_cannot_be_copied(tmp_path: Path) -> None:
+    """They are refused in the same words, before anything is trained."""
+    locked = (
+        "def locked(**options):\n    net = make(4, 1)\n    net.lock = __import__('threading').Lock()\n    return net\n"
+    )
+    (tmp_path / "net.py").write_text(NET + locked)
+    with pytest.raises(HoldfastError, match=r"the model cannot be copied by copy.deepcopy \(cannot pickle"):
+        fit(ONE, toy(), f"{tmp_path / 'net.py'}:locked", out=tmp_path / "run", settings=FP32)
+
+
 # ------------------------------------------------------------------------------------------- what a run gives back
 
 
@@ -216,3 +232,134 @@ def test_networks_that_cannot_be_copied(tmp_path: Path) -> None:
             fit(ONE, toy(), model, out=tmp_path / "run", settings=FP32)
         assert verdicts(model)
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------ weights that depend on the mode
+
+
+class Adapter(nn.Linear):
+    """A frozen layer with a low-rank adapter that `eval()` merges into its weight, as loralib's."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.weight.requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Adapter:
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.up @ self.down
+            self.merged = not mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        beside = 0 if self.merged else x @ self.down.T @ self.up.T
+        return nn.functional.linear(x, self.weight, self.bias) + beside
+
+
+def adapted() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), Adapter(64, 4))
+
+
+@pytest.mark.parametrize("given", ["train", "eval"])
+def test_adapters_that_eval_merges(given: str, tmp_path: Path) -> None:
+    """What is measured, saved, loaded and given back is one network, however it was given."""
+    model = getattr(adapted(), given)()
+    logits = model(X)
+    run = fit(tiny_recipe(), toy(), model, out=tmp_path / "run", settings=FP32)
+    assert torch.allclose(model(X), logits)
+    apart = adapted()
+    apart.load_state_dict(weights(run.path))
+    assert torch.allclose(apart[1].weight, adapted()[1].weight, atol=1e-6)
+    assert not torch.allclose(apart[1].up, adapted()[1].up)
+    right = (apart(X).argmax(1) == toy().test.labels).float().mean().item()
+    assert run.summary["clean_accuracy"] == pytest.approx(right)
+    for back in (run.model(), load_model(run.path, model=getattr(adapted(), given)())):
+        assert not back.training
+        assert torch.allclose(back(X), apart(X), atol=1e-5)
+    plain = fit(tiny_recipe(), toy(), adapted(), out=tmp_path / "plain", settings=FP32)
+    one, other = ([line["validation"] for line in metrics(each.path)] for each in (run, plain))
+    assert one == other
+
+
+def test_a_module_of_torch_export_has_no_modes() -> None:
+    """It refuses `train()` and `eval()`: a step takes it, and a model is loaded into it."""
+    exported = torch.export.export(tiny_net(norm=False).eval(), (X[:4],)).module()
+    assert kept_in_evaluation(exported) == frozenset()
+    assert not in_evaluation_mode(exported).training
+
+
+# --------------------------------------------------------------------------------- activation checkpointing
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_is_refused_in_training(reentrant: bool, tmp_path: Path) -> None:
+    """Its layers would be computed again without the modes and weights of the step; evaluation takes it."""
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=reentrant)
+
+    model = Checkpointed(nn.Flatten(), nn.Linear(64, 4))
+    with pytest.raises(HoldfastError, match=r"switch activation checkpointing off, for example"):
+        fit(ONE, toy(), model, out=tmp_path / "run", settings=FP32)
+    with pytest.raises(HoldfastError, match=r"switch activation checkpointing off, for example"):
+        step_loss(model)
+    with torch.autograd.graph.save_on_cpu():  # hooks of the caller's own
+        assert step_loss(tiny_net()) == step_loss(tiny_net())
+    if not reentrant:
+        assert verdicts(model.eval()) == verdicts(nn.Sequential(*model).eval())
+
+
+@pytest.mark.parametrize("name", ["pgd_at", "standard"])
+def test_a_network_that_cuts_the_graph_is_refused(name: str) -> None:
+    """In words: torch only says that element 0 does not require grad."""
+
+    class Cut(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).detach()
+
+    recipe = recipe_by_name(name)(epsilon=0.1)
+    step = AdversarialStep(recipe, Cut(nn.Flatten(), nn.Linear(64, 4)))
+    with pytest.raises(HoldfastError, match="no gradient passes through the model"):
+        step(Batch(X, Y), Progress())
+    with torch.no_grad():
+        assert AdversarialStep(recipe, tiny_net())(Batch(X, Y), Progress())["loss"].isfinite()
+
+
+MERGING = """
+import torch
+from torch import nn
+
+class Adapter(nn.Linear):
+    def __init__(self):
+        super().__init__(64, 4)
+        self.beside, self.merged = nn.Parameter(torch.zeros(4, 64)), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.beside
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.merged else x @ self.beside.T)
+
+def make(num_classes, channels):
+    return nn.Sequential(nn.Flatten(), Adapter()).eval()
+"""
+
+
+def test_weights_for_adapters_that_a_file_gives_merged(tmp_path: Path) -> None:
+    """The weights of a run are those of training: the command takes the network apart before it loads them."""
+    (tmp_path / "net.py").write_text(MERGING)
+    source, data = f"{tmp_path / 'net.py'}:make", write_toy(tmp_path / "toy.npz")
+    run = fit(ONE, str(data), source, out=tmp_path / "run", settings=FP32)
+    found = load_subject(source, weights=str(run.path / "model" / "model.safetensors"), data=str(data), image_size=None)
+    assert weights(run.path)["1.beside"].any()
+    assert torch.allclose(found.model(X), run.model()(X), atol=1e-5)

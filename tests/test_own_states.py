@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from holdfast import EMA, AdversarialStep, Batch, HoldfastError, Linf, evaluate, fit, load_model
 from holdfast.averages.swa import SWA
-from holdfast.checks import returns_more_in_training
+from holdfast.checks import leaves_weights_out
 from holdfast.evaluation.networks import Searching, Speed
 from holdfast.loop import Loop
 from holdfast.objectives.distillation import Distillation
@@ -304,10 +304,21 @@ def test_auxiliary_outputs_under_torchrun() -> None:
     model = Auxiliary().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    assert returns_more_in_training(model, X[:4])
-    assert not returns_more_in_training(tiny_net(dropout=0.5), X[:4])
+    assert leaves_weights_out(model, X[:4])
+    assert not leaves_weights_out(tiny_net(dropout=0.5), X[:4])
     assert torch.equal(torch.get_rng_state(), state)
     assert_same(before, dict(model.state_dict()))
+
+
+def test_weights_that_are_left_out() -> None:
+    """A layer that is never called gets no gradient either; a frozen one needs none."""
+    never_called, frozen = tiny_net(), tiny_net()
+    never_called[0].pooler = nn.Linear(2, 2)
+    frozen[0].requires_grad_(False)
+    assert leaves_weights_out(never_called, X[:4])
+    assert not leaves_weights_out(frozen, X[:4])
+    with torch.no_grad():
+        assert not leaves_weights_out(tiny_net(), X[:4])
 
 
 def test_mappings_are_evaluated_with_batchnorm_folded(trained: nn.Sequential) -> None:
@@ -324,3 +335,24 @@ def test_mappings_are_evaluated_with_batchnorm_folded(trained: nn.Sequential) ->
     assert verdicts(Mapped(), attack="apgd-ce")[0] == verdicts(trained, attack="apgd-ce")[0]
     assert verdicts(Mapped(), speed=Speed(precision="bf16"))[0] == verdicts(trained)[0]
     assert Searching(Mapped().eval(), X, Speed()).folded == Searching(trained, X, Speed()).folded == 1
+
+
+def test_weights_without_a_gradient_are_told(tmp_path: Path) -> None:
+    """A part that the network detaches in training; frozen weights do not count, and nothing is said of others."""
+
+    class Detaching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = tiny_net(), nn.Linear(4, 4)
+            self.body[0].requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            return self.head(x.detach() if self.training else x)
+
+    said, plain = Said(), Said()
+    fit(tiny_recipe(epochs=1), toy(), Detaching(), out=tmp_path / "run", settings=FP32, display=said)
+    fit(tiny_recipe(epochs=1), toy(), tiny_net(), out=tmp_path / "plain", settings=FP32, display=plain)
+    told = "4 of 6 tensors of weights get no gradient and stay as they are: body.1.weight, body.1.bias, body.5.weight …"
+    assert said.texts.count(told) == 1
+    assert not any("no gradient" in text for text in plain.texts)

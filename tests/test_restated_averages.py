@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from holdfast.averages.base import Average
 from holdfast.averages.ema import EMA
 from holdfast.averages.interpolation import Interpolation
+from holdfast.averages.swa import SWA
 from holdfast.errors import HoldfastError
 from holdfast.schedule import Progress
 
@@ -512,3 +514,25 @@ def test_the_ema_is_loadable_into_the_model() -> None:
 def test_ema_refusals(settings: dict[str, Any]) -> None:
     with pytest.raises(HoldfastError):
         EMA(**settings)
+
+
+@pytest.mark.parametrize("frozen_parameter", [False, True])
+@pytest.mark.parametrize(
+    "average",
+    [EMA(decay=0.9), SWA(begin=0.0, period=1, buffers="average"), Interpolation(period=1)],
+    ids=lambda one: type(one).__name__,
+)
+def test_infinite_masks_stay_infinite(average: Average, frozen_parameter: bool) -> None:
+    """-inf of an attention mask, and a range that was infinite before the first image; NaN otherwise."""
+    model, mask = network(), torch.tensor([0.0, -torch.inf, torch.inf], dtype=torch.float64)
+    if frozen_parameter:
+        model.mask = nn.Parameter(mask.clone(), requires_grad=False)
+    else:
+        model.register_buffer("mask", mask.clone())
+    average.start(model)
+    for _ in range(3):
+        average.after_step(model, Progress(epochs=1, steps_per_epoch=3))
+        model.state_dict()["mask"][2] = 5.0
+    average.after_step(model, Progress(epochs=1, steps_per_epoch=3))
+    found = (average.exported() or model.state_dict())["mask"]
+    assert found.tolist() == [0.0, -torch.inf, 5.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -74,10 +75,11 @@ def check_model(model: nn.Module, x: Tensor, num_classes: int) -> str | None:
 
 
 @torch.no_grad()
-def returns_more_in_training(model: nn.Module, x: Tensor) -> bool:
-    """Return True where a network in training mode returns more than logits, as with auxiliary classifiers.
+def leaves_weights_out(model: nn.Module, x: Tensor) -> bool:
+    """Return True where a network in training mode has trained weights that its logits do not depend on.
 
-    It is run once, on copies of its buffers.
+    Auxiliary classifiers have such weights, and layers that are kept but never called. The network is run once, on
+    copies of its buffers.
 
     Args:
         model: Pixels in [0, 1] to logits.
@@ -87,6 +89,23 @@ def returns_more_in_training(model: nn.Module, x: Tensor) -> bool:
         HoldfastError: which part of its output are the logits is not clear.
     """
     devices = [x.device] if x.device.type == "cuda" else []
-    with noticed(model) as notes, torch.random.fork_rng(devices=devices), suppress(RuntimeError, ValueError):
-        View(model, statistics="batch")(x)  # what goes wrong otherwise, the first step tells
-    return bool(notes)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients: tuple[Tensor | None, ...] = ()
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), suppress(RuntimeError, ValueError):
+        logits = View(model, statistics="batch")(x).logits  # what goes wrong otherwise, the first step tells
+        gradients = torch.autograd.grad(logits.sum(), trained, allow_unused=True)
+    return any(gradient is None for gradient in gradients)
+
+
+def untrained_weights_told(model: nn.Module, say: Callable[[str], None]) -> None:
+    """Say which weights of a network, though not frozen, have got no gradient in a backward.
+
+    Args:
+        model: After the backward.
+        say: Gets the sentence, if there is any.
+    """
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    left = [name for name, weight in weights.items() if weight.grad is None]
+    if left:
+        few = ", ".join(left[:3]) + (" …" if len(left) > 3 else "")
+        say(f"{len(left)} of {len(weights)} tensors of weights get no gradient and stay as they are: {few}")

@@ -19,6 +19,7 @@ from holdfast.compilation import copies_input
 from holdfast.errors import HoldfastError
 from holdfast.models.modes import kept_in_evaluation
 from holdfast.models.outputs import logits_of
+from holdfast.models.substitution import called_with
 from holdfast.models.taps import tapped
 from holdfast.schedule import Progress
 
@@ -159,7 +160,7 @@ class View:
                 self.model
             ):  # it may write into them: into an attack's point, or the caller's images
                 x = x.clone()
-            output = self.model(x) if state is None else torch.func.functional_call(self.model, dict(state), (x,))
+            output = self.model(x) if state is None else called_with(self.model, state, x)
         logits = logits_of(output)
         if logits.dim() != 2:
             raise HoldfastError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from holdfast import distributed
 from holdfast.attacks.pgd import PGD
 from holdfast.catastrophic_overfitting import OvertakenAttack, response
+from holdfast.checks import untrained_weights_told
 from holdfast.compilation import compile_in_place
 from holdfast.data.images import Images
 from holdfast.data.loader import Loader
@@ -28,6 +29,7 @@ from holdfast.loop_resume import take_up
 from holdfast.loop_stop import CONFER_EVERY, asked_anywhere, at_each_batch, pause
 from holdfast.loop_watch import watch
 from holdfast.models.extra_state import with_extra
+from holdfast.models.modes import flagged
 from holdfast.models.outputs import tell_in_training
 from holdfast.progress_display import Display
 from holdfast.recipe import Recipe
@@ -50,7 +52,7 @@ class Loop:
         self.folder, self.display, self.interruption = folder, display, interruption
         self.loader: Loader = setup.loader
         self.evaluated = copy.deepcopy(setup.model)  # plain: validation runs here, eagerly, in evaluation mode
-        self.evaluated.eval().requires_grad_(False)
+        flagged(self.evaluated, training=False).requires_grad_(False)  # `eval()` may merge adapters into weights
         self.model = setup.model
         make = self.recipe.step or AdversarialStep
         with torch.random.fork_rng(devices=[]):  # a step may own a network
@@ -73,7 +75,7 @@ class Loop:
         self.optimizers = list(self.step.optimizers())
         self.reestimated: nn.Module | None = None  # with the branches that the step has added, and never compiled
         if any(average.reestimate is not None for average in self.recipe.averages):
-            self.reestimated = copy.deepcopy(self.model).eval().requires_grad_(False)
+            self.reestimated = flagged(copy.deepcopy(self.model), training=False).requires_grad_(False)
         if self.settings.compile:
             compile_in_place(self.model, "inductor" if self.settings.compile is True else self.settings.compile)
         self.run_step = self._distributed() if distributed.active() else self.step
@@ -81,6 +83,7 @@ class Loop:
         self.warmup_steps = round(self.recipe.warmup * self.recipe.epochs * self.steps_per_epoch)
         self.epoch = self.position = self.lines = 0
         self.averaged = False  # an epoch's steps are made and its averages too, but it is not validated yet
+        self.told_untrained = False
         self.guard = OvertakenAttack()
         self.response = response(self.settings.catastrophic_overfitting, self.recipe.attack or self.recipe.step)
         self.stopped = False  # before the last epoch, because of what the guard found
@@ -96,7 +99,7 @@ class Loop:
         parts = (getattr(self.module, part, nn.Module()) for part in ("objective", "networks", "strategy"))
         unused = any(True for part in parts for _ in part.parameters())
         unused = unused or bool(getattr(self.step, "branches", {}))  # a clean warm-up leaves the auxiliary one alone
-        unused = unused or self.setup.drops_outputs  # auxiliary classifiers, for example
+        unused = unused or self.setup.leaves_weights_out  # auxiliary classifiers, for example
         return nn.parallel.DistributedDataParallel(  # type: ignore[return-value]  # called like the step it wraps
             self.module,
             device_ids=[self.setup.device.index] if self.setup.device.type == "cuda" else None,
@@ -166,6 +169,9 @@ class Loop:
         set_hyperparameters(self.optimizers, self.recipe, progress)
         terms = self.run_step(batch, progress)
         terms["loss"].backward()
+        if not self.told_untrained and not progress.warming_up:  # a clean warm-up leaves an auxiliary branch alone
+            self.told_untrained = True
+            untrained_weights_told(self.model, self.display.say)
         self.step.after_backward(progress)
         if self.recipe.gradient_clip is not None:
             groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -196,7 +202,10 @@ class Loop:
         Raises:
             NonFiniteLoss: what was saved before is left as it is.
         """
-        if not bool(torch.stack([weight.isfinite().all() for weight in self.module.parameters()]).all()):
+        trained = [
+            weight for weight in self.module.parameters() if weight.requires_grad
+        ]  # a frozen mask may be infinite
+        if not bool(torch.stack([weight.isfinite().all() for weight in trained]).all()):
             raise not_finite("gradient")
 
     # -------------------------------------------------------- an epoch's end

@@ -26,6 +26,7 @@ from holdfast.models.adapted import (
 )
 from holdfast.models.extra_state import require_savable
 from holdfast.models.factory import accepted, build
+from holdfast.models.modes import in_training_form
 from holdfast.models.own_file import OwnCode, names_code
 from holdfast.recipe import Recipe
 from holdfast.runs.export import load_model, model_description, model_folder
@@ -84,7 +85,7 @@ def build_model(
     weights = Key(seed).fold("lazy layers' initial weights").torch_seed
     notes += initialise(network, to_pixels(training.pixels[:2].cpu()), weights)
     require_savable(network)
-    return Built(for_training(network), spec, notes)
+    return Built(in_training_form(for_training(network)), spec, notes)
 
 
 def _named_model(

@@ -57,8 +57,8 @@ class Setup:
     """The person's own code that the run needs, by part."""
     data_digests: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of the images and labels, by what they are for; empty on all processes but the first."""
-    drops_outputs: bool = False
-    """Under torchrun: the network returns more than logits in training, so some of its parameters get no gradient."""
+    leaves_weights_out: bool = False
+    """Under torchrun: some trained weights of the network get no gradient, as those of auxiliary classifiers."""
 
     @property
     def code_digests(self) -> dict[str, str]:
@@ -182,7 +182,7 @@ def prepare(
         ),
         code=codes,
         data_digests=data_digests(training, validation, dataset.test, extra),
-        drops_outputs=distributed.active() and checks.returns_more_in_training(network, sample),
+        leaves_weights_out=distributed.active() and checks.leaves_weights_out(network, sample),
     )
 
 

@@ -19,11 +19,17 @@ from holdfast.low_precision import weights_cast_once
 from holdfast.models.adapted import for_evaluation, for_training
 from holdfast.models.layout import keep_narrow_contiguous
 from holdfast.models.modes import kept_in_evaluation, with_added
+from holdfast.models.recomputation import recomputation_refused
 from holdfast.objectives.base import Objective
 from holdfast.objectives.standard import StandardTraining
 from holdfast.recipe import SGD, Recipe
 from holdfast.schedule import Progress, value_at
 from holdfast.views.base import Ascended, Search
+
+_NO_GRADIENT = (
+    "no gradient passes through the model: take torch.no_grad, detach, .data and roundings such as argmax out of its"
+    " forward"
+)
 
 
 class Step(Protocol):
@@ -58,6 +64,7 @@ class AdversarialStep(nn.Module):
         Returns means, each of shape (): "loss", and one for every term.
     Raises:
         NonFiniteLoss: a term is NaN or infinite; the message names it.
+        HoldfastError: the model uses activation checkpointing.
 
     Example:
         >>> from holdfast.recipes import pgd_at
@@ -106,7 +113,7 @@ class AdversarialStep(nn.Module):
         objective = self.warmup_objective if progress.warming_up else self.objective
         sides = objective.sides(progress)
         device = batch.x.device.type
-        with _forked_generator(progress, batch.x.device), self.autocast(device):
+        with recomputation_refused(), _forked_generator(progress, batch.x.device), self.autocast(device):
             batch = self.with_noise(batch, progress)
             if objective.attacks_soft_labels and self.recipe.label_smoothing and batch.target is None:
                 batch = self.smoothed(batch, {"one": self.one(batch)})
@@ -121,6 +128,8 @@ class AdversarialStep(nn.Module):
             with torch.autocast(device, enabled=False):  # losses and predictors in full precision
                 terms = objective(Forward(batch, outputs, attacked, progress, remember=True))
             means = self.reduce(terms, len(batch.y))
+            if torch.is_grad_enabled() and not any(output.logits.requires_grad for output in outputs.values()):
+                raise HoldfastError(_NO_GRADIENT)
             return means if further is None else {**means, "loss": means["loss"] + further}
 
     def with_noise(self, batch: Batch, progress: Progress) -> Batch:
@@ -174,7 +183,12 @@ class AdversarialStep(nn.Module):
 
         def attack(of: Batch, now: Progress) -> Attacked:
             inner_loss = objective.inner_loss(view, of, now)
-            found = self.attack(view, of, inner_loss, threat=threat, progress=now)  # type: ignore[misc]  # not None
+            try:
+                found = self.attack(view, of, inner_loss, threat=threat, progress=now)  # type: ignore[misc]  # not None
+            except RuntimeError as error:
+                if "does not require grad" in str(error):
+                    raise HoldfastError(_NO_GRADIENT) from error
+                raise
             others = {side: inside(images, of.x) for side, images in (found.others or {}).items()}
             return found._replace(x_adv=inside(found.x_adv, of.x), others=others)
 

@@ -75,7 +75,7 @@ def fit(
         seed: Of the weights, the order, the augmentation and the attacks.
         settings: Everything that is not the method: precision, validation, compilation …
         resume: Go on in a folder that exists, bit for bit as if it had never stopped (CPU, same versions and threads).
-        init: Start from these weights: a run folder, a model folder or a ``.safetensors`` file.
+        init: Start from these weights: a run folder, a model folder or a file (`.safetensors`, `.pt` …), as `--init`.
         model_options: Further arguments of a model built by name.
         display: Where progress is shown; nowhere by default.
         code: Code that a configuration names, by part, as `holdfast.runs.own_code.configured_code` reads it. It is

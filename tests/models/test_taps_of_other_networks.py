@@ -133,6 +133,31 @@ def test_a_feature_is_the_very_tensor_that_its_layer_returned() -> None:
     assert features["layer4.0.bn2"].grad_fn is not None
 
 
+def test_a_layer_that_returns_its_input() -> None:
+    """Its feature is that of the moment; the network is the same with and without the tap."""
+
+    class Passing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.same, self.drop = nn.BatchNorm2d(X.shape[1]), nn.Identity(), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            z = self.same(y)
+            y += 1
+            dropped = self.drop(y)
+            y *= 2
+            return (z + y + dropped).mean((2, 3))
+
+    network = Passing().eval()
+    with tapped(network, ["norm", "same", "drop"]) as features:
+        logits = network(X)
+    y = network.norm(X)
+    torch.testing.assert_close(logits, network(X))
+    for name, expected in (("norm", y), ("same", y), ("drop", y + 1)):
+        torch.testing.assert_close(features[name], expected)
+
+
 def test_in_place_in_training_mode_only() -> None:
     network = DropsInPlace()
     with tapped(network.eval(), ["norm"]) as features:

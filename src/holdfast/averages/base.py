@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from holdfast.models.extra_state import is_extra
@@ -55,6 +56,20 @@ class Average:
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the classifier's state, without what its modules keep beside parameters and buffers."""
     return {name: tensor for name, tensor in model.state_dict().items() if not is_extra(name)}
+
+
+def mixed(old: Tensor, new: Tensor, weight: float) -> Tensor:
+    """Return ``old + weight * (new - old)``, and `new` where either is infinite: attention masks are, as buffers.
+
+    Args:
+        old: Any shape.
+        new: The same shape.
+        weight: The share of `new`, in [0, 1].
+    Example:
+        >>> mixed(torch.tensor([0.0, -torch.inf]), torch.tensor([1.0, -torch.inf]), 0.25)
+        tensor([0.2500,   -inf])
+    """
+    return torch.where(old.isfinite() & new.isfinite(), torch.lerp(old, new, weight), new)
 
 
 def floating_tensors(model: nn.Module, *, buffers: bool) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from holdfast.averages.base import Average, saved_tensors
+from holdfast.averages.base import Average, mixed, saved_tensors
 from holdfast.errors import HoldfastError
 from holdfast.schedule import Progress
 
@@ -67,10 +67,13 @@ class EMA(Average):
     @torch.no_grad()
     def after_step(self, model: nn.Module, progress: Progress) -> None:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.warm_up else self.decay
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
         for name, tensor in saved_tensors(model).items():
-            if tensor.is_floating_point() and (name in parameters or self.buffers == "average"):
+            if name in trained and tensor.is_floating_point():
                 self.shadow[name].lerp_(tensor, 1 - decay)
+            elif tensor.is_floating_point() and (name in parameters or self.buffers == "average"):
+                self.shadow[name].copy_(mixed(self.shadow[name], tensor, 1 - decay))
             elif name in parameters or self.reestimate is None or not tensor.is_floating_point():
                 self.shadow[name].copy_(tensor)
         self.steps += 1

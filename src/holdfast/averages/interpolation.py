@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from holdfast.averages.base import Average, floating_tensors
+from holdfast.averages.base import Average, floating_tensors, mixed
 from holdfast.errors import HoldfastError
 from holdfast.schedule import Progress, piat_lambda
 
@@ -114,7 +114,7 @@ class Interpolation(Average):
         kept = self.share_kept(progress)
         if kept is not None:
             for name, tensor in floating_tensors(model, buffers=self.buffers == "interpolate"):
-                tensor.copy_(torch.lerp(self.previous[name], tensor, 1 - kept))
+                tensor.copy_(mixed(self.previous[name], tensor, 1 - kept))
             self.interpolations += 1
         self._remember(model)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from holdfast.averages.base import Average, saved_tensors
+from holdfast.averages.base import Average, mixed, saved_tensors
 from holdfast.errors import HoldfastError
 from holdfast.schedule import Progress
 
@@ -79,7 +79,7 @@ class SWA(Average):
             if name not in self.shadow:
                 self.shadow[name] = tensor.detach().clone()
             elif tensor.is_floating_point() and (name in parameters or self.buffers == "average"):
-                self.shadow[name].lerp_(tensor, 1 / self.count)
+                self.shadow[name].copy_(mixed(self.shadow[name], tensor, 1 / self.count))
             elif name in parameters or self.reestimate is None or not tensor.is_floating_point():
                 self.shadow[name].copy_(tensor)
 

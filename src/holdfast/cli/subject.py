@@ -15,6 +15,7 @@ from holdfast.data.sources import load
 from holdfast.errors import HoldfastError
 from holdfast.models.adapted import for_evaluation, initialise
 from holdfast.models.factory import build
+from holdfast.models.modes import in_evaluation_mode, in_training_form
 from holdfast.runs.export import load_model, model_folder, read_description
 from holdfast.runs.folder import CONFIG, read_config
 from holdfast.runs.foreign_weights import load_foreign
@@ -128,8 +129,8 @@ def _from_file(source: str, weights: str | None, data: str | None, image_size: i
     model = build(source, num_classes=found.num_classes, channels=found.channels, image_size=found.image_size)
     if weights is not None:
         initialise(model, torch.zeros(2, found.channels, *found.image_size), seed=0)
-        notes = load_foreign(model, weights)
-    model = for_evaluation(model).eval()  # it was built here: nobody gave it in training mode
+        notes = load_foreign(in_training_form(model), weights)
+    model = in_evaluation_mode(for_evaluation(model))  # it was built here: nobody gave it in training mode
     return Subject(model, found, {}, source if weights is None else f"{source} ({weights})", notes=notes)
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def kept_in_evaluation(model: nn.Module) -> frozenset[str]:
@@ -61,13 +65,53 @@ def with_added(kept: frozenset[str], before: Collection[str], model: nn.Module) 
     return kept | {name for name in names if name not in before and name.rpartition(".")[0] in kept}
 
 
+def in_training_form(model: Network) -> Network:
+    """Let a network's own `train()` undo what its `eval()` did to the weights, and return the network.
+
+    Some adapters (LoRA) are merged into the weights they belong to by `eval()`, and taken out again by `train()`. Only
+    apart can they be trained, saved and loaded. The training flags are as before afterwards.
+
+    Args:
+        model: Changed in place; a network without a `train()` of its own is left alone.
+    """
+    modules = {name: module for name, module in model.named_modules() if hasattr(module, "training")}
+    list(_left_by_own_train(model, modules))
+    return model
+
+
+def flagged(model: Network, *, training: bool) -> Network:
+    """Set the training flag of every module, without a `train()` or `eval()` of the network's own, and return it.
+
+    Args:
+        model: Changed in place.
+        training: The flag.
+    """
+    for module in model.modules():
+        if getattr(module, "training", training) != training:  # frozen TorchScript has none
+            module.training = training
+    return model
+
+
+def in_evaluation_mode(model: Network) -> Network:
+    """Put a network into evaluation mode, and return it.
+
+    Args:
+        model: Changed in place. What `torch.export` made refuses `eval()`: only its flags are set.
+    """
+    try:
+        return model.eval()
+    except NotImplementedError:
+        return flagged(model, training=False)
+
+
 def _left_by_own_train(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[str]:
     """Names of the modules that are in evaluation mode after `train()`, where any of them has one of its own."""
     if all(type(each).train is nn.Module.train and "train" not in vars(each) for each in modules.values()):
         return
     before = {name: module.training for name, module in modules.items()}
     try:
-        model.train()
+        with suppress(NotImplementedError):  # what torch.export made has no modes
+            model.train()
         yield from [name for name, module in modules.items() if not module.training]
     finally:
         for name, module in modules.items():

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -83,7 +84,8 @@ def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
     The yielded dictionary starts empty and holds, for each name, the output of that module's latest call: a second
     forward overwrites the first, and a module that no forward calls leaves no entry. The tensors are the network's
     own, with their graph: a gradient flows through them. The network goes on with a copy, so that an in-place layer
-    after a tapped one changes nothing.
+    after a tapped one changes nothing. Of a module that returns its very input (Identity, dropout in evaluation mode)
+    the copy is what is yielded: the network may go on to change that input.
     The hooks are gone when the block ends, however it ends. `torch.func.functional_call` runs them too.
 
     Args:
@@ -118,12 +120,14 @@ def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
             handle.remove()
 
 
-def _store(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], Tensor]:
-    def hook(module: nn.Module, inputs: object, output: object) -> Tensor:
+def _store(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any, object], Tensor]:
+    def hook(module: nn.Module, inputs: Any, output: object) -> Tensor:
         if not isinstance(output, Tensor):
             raise HoldfastError(f"module {name!r} returns {type(output).__name__}, not a tensor: tap one inside it")
-        features[name] = output
-        return output.clone()
+        copied = output.clone()
+        passed_on = any(output is each for each in inputs)
+        features[name], goes_on = (copied, output) if passed_on else (output, copied)
+        return goes_on
 
     return hook
 

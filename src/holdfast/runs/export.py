@@ -15,6 +15,7 @@ from holdfast.errors import Damaged, HoldfastError
 from holdfast.models.adapted import initialise, unwrapped
 from holdfast.models.extra_state import is_extra, parted
 from holdfast.models.factory import build, shapes
+from holdfast.models.modes import in_evaluation_mode, in_training_form
 from holdfast.models.own_file import OwnCode, names_code
 from holdfast.models.trust import trusting
 from holdfast.parsing import through_json
@@ -173,8 +174,8 @@ def load_model(
     initialise(model, torch.zeros(2, *shape), seed=0)
     own = {name: None if is_extra(name) else value.shape for name, value in model.state_dict().items()}
     _require_same_shapes(own, weights, folder / WEIGHTS)
-    load_weights(model, weights, folder / WEIGHTS)
-    return model.eval()
+    load_weights(in_training_form(model), weights, folder / WEIGHTS)
+    return in_evaluation_mode(model)
 
 
 def own_code_of(description: Mapping[str, Any], folder: Path) -> OwnCode | None:
