@@ -156,9 +156,7 @@ class View:
         taps = tapped(self.model, self.taps) if self.taps else nullcontext({})
         mode = running(self.model, self.branch, training=training, in_evaluation=kept or ())
         with mode, _no_casts_without_gradient(), taps as features:
-            if self.copies_images and not copies_input(
-                self.model
-            ):  # it may write into them: into an attack's point, or the caller's images
+            if self.copies_images and not copies_input(self.model):  # else it may write into the caller's images
                 x = x.clone()
             output = self.model(x) if state is None else called_with(self.model, state, x)
         logits = logits_of(output)

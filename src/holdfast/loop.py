@@ -202,9 +202,8 @@ class Loop:
         Raises:
             NonFiniteLoss: what was saved before is left as it is.
         """
-        trained = [
-            weight for weight in self.module.parameters() if weight.requires_grad
-        ]  # a frozen mask may be infinite
+        # a frozen mask may be infinite
+        trained = [weight for weight in self.module.parameters() if weight.requires_grad]
         if not bool(torch.stack([weight.isfinite().all() for weight in trained]).all()):
             raise not_finite("gradient")
 
