@@ -11,7 +11,8 @@ from holdfast.errors import HoldfastError
 
 _TOLD = (
     "the model uses torch.utils.checkpoint: its layers would be computed again after the step has put modes and weights"
-    " back; switch activation checkpointing off, for example model.gradient_checkpointing_disable() or model.set_grad_checkpointing(False)"
+    " back; switch activation checkpointing off, for example model.gradient_checkpointing_disable() or"
+    " model.set_grad_checkpointing(False)"
 )
 
 
