@@ -264,8 +264,7 @@ class Watch:
         sight.edges += len(apart)
         sight.edges_apart += int(apart.sum())
         sight.slope_rows += slopes.rows
-        if slopes.rows >= 2:
-            sight.slope = min(sight.slope, slopes.cosine)
+        sight.slope = min(sight.slope, slopes.cosine)
 
     def failed(self, attack: str, error: SearchFailed) -> None:
         """An attack ended because the network could not be run."""
