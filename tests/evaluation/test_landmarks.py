@@ -60,6 +60,10 @@ def test_points_lie_in_the_ball_and_differ_from_the_images(threat: ThreatModel) 
     marks = landmarks(honest(), images(), threat)
     assert bool(threat.contains(marks.points, images()).all())
     assert bool((marks.points != images()).flatten(1).any(1).all())
+    if threat.norm == "Linf":  # every second point lies on the surface, where attacks end
+        moved = (marks.points - images()).abs()
+        moved = torch.where((marks.points > 0) & (marks.points < 1), moved, 1.0).flatten(1).amin(1)
+        assert ((moved - threat.epsilon).abs() < 1e-6).tolist() == [False, True] * 4
     assert torch.equal(marks.points, landmarks(honest(), images(), threat).points)
     assert marks.weights.shape == marks.logits.shape == (8, 10)
 
@@ -311,6 +315,40 @@ def test_a_gradient_that_is_wrong_everywhere_is_told() -> None:
     assert "misleading-gradients" not in named(judged(honest()))
     assert named(judged(Wrong())) == ["misleading-gradients"]
     assert "misleading-gradients" not in named(judged(Wrong(), probe=False))
+
+
+class WrongAtTheSurface(Wrong):
+    """Its gradient is wrong only where a pixel was moved as far as an attack moves it."""
+
+    images: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("images", digits(20)[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = (x.detach()[:, None] - self.images).abs().flatten(2).amax(2).amin(1)
+        return self.network(torch.where((moved > 0.999 * BALL.epsilon).view(-1, 1, 1, 1), Turned.apply(x), x))
+
+
+@pytest.mark.usefixtures("without_probes")
+def test_a_gradient_that_is_wrong_only_where_attacks_end_is_told() -> None:
+    assert named(judged(WrongAtTheSurface())) == ["misleading-gradients"]
+
+
+@pytest.mark.usefixtures("without_probes")
+def test_small_units_do_not_ask_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once in eight images and after the last unit; one image alone says nothing of slopes."""
+    asked: list[int] = []
+    revisit = Watch._revisit
+    monkeypatch.setattr(Watch, "_revisit", lambda *given: (asked.append(1), revisit(*given)))
+    judged(honest(), QUICK, unit=1)
+    assert len(asked) == 3
+    judged(honest(), QUICK, unit=20)
+    assert len(asked) == 4
+    found = judged(honest(), QUICK, count=1)
+    assert len(asked) == 5
+    assert found.summary["passes"]["checking"] < 97
 
 
 @pytest.mark.usefixtures("without_probes")

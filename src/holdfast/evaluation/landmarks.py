@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from holdfast.evaluation.agreement import logits_apart, moved
+from holdfast.evaluation.agreement import logits_apart
 from holdfast.keyed_random import Key, normal, uniform
 from holdfast.threat import ThreatModel
 
 DIRECTIONS = 6
-STEPS = (0.003, 0.0001, 0.01)  # of the pixel range, until one convinces: kinks want short ones, 16 bits long ones
-SHORT = 0.001  # shorter steps begin a little aside, where no pixels are tied
+STEPS = (0.003, 0.00003, 0.01)  # of the pixel range, until one convinces: kinks want short ones, 16 bits long ones
+SHORT = 0.001  # shorter steps begin so far aside, where no pixels are tied
 CONVINCING = 0.9
 ENOUGH = 2  # rows with a change: of fewer nothing is said
 INSIDE = 0.001  # of the pixel range
@@ -54,7 +54,7 @@ class Landmarks:
         key: Of the draws.
 
     Attributes:
-        points: One of the ball around each image.
+        points: One of the ball around each image, in Linf every second one on its surface, where attacks end.
         weights: Of the logits, drawn; a gradient is asked of their weighted sum, which no kink of a margin disturbs.
         logits: What the network answered first.
 
@@ -65,6 +65,9 @@ class Landmarks:
     def __init__(self, deciding: Network, x: Tensor, threat: ThreatModel, key: Key) -> None:
         self.key, self.rows = key, torch.arange(len(x), device=x.device)
         self.points = threat.random_point(x, key.fold("points"), self.rows)
+        if threat.norm == "Linf":  # in other norms random points lie near the surface
+            away = threat.steepest(normal(key.fold("surface"), self.rows, x.shape[1:], dtype=x.dtype))
+            self.points[1::2] = threat.clamp(x + threat.epsilon * away)[1::2]
         self.logits = deciding(self.points)
         self.weights = normal(key.fold("weights"), self.rows, self.logits.shape[1:], dtype=x.dtype)
 
@@ -92,7 +95,7 @@ class Landmarks:
         """
         best, forward = Slopes(1.0, 0, 0), 0
         for step in STEPS:
-            point = (self.points if step > SHORT else moved(self.points, self.key.fold("aside"))).clamp(step, 1 - step)
+            point = (self.points if step > SHORT else self._aside()).clamp(step, 1 - step)
             found = self._at(point, deciding, gradient(point), step, ROUNDING_IN_HALVES if halves else ROUNDING)
             forward += found.forward
             if found.rows >= ENOUGH and (best.rows == 0 or found.cosine > best.cosine):
@@ -109,6 +112,11 @@ class Landmarks:
         inside = gradient(INSIDE + (1 - 2 * INSIDE) * self.points).double()  # in the same order, for poolings
         lost = inside * (gradient(self.points) == 0) * ((self.points <= 0) | (self.points >= 1))
         return lost.flatten(1).norm(dim=1) / inside.flatten(1).norm(dim=1).clamp_min(1e-300)
+
+    def _aside(self) -> Tensor:
+        """The points a little moved, each of its pixels by another length."""
+        noise = uniform(self.key.fold("aside"), self.rows, self.points.shape[1:], dtype=self.points.dtype)
+        return self.points + SHORT * (noise - self.points)
 
     def _at(self, point: Tensor, deciding: Network, gradient: Tensor, step: float, rounding: float) -> Slopes:
         """With one length of step."""

@@ -233,7 +233,7 @@ class Plan:
             seconds = (time.monotonic() - started) / len(unit.y)
             rows = rows_of(unit, self.protocol.attacks, seconds, deciding, self.threat.epsilon)
             examples = {"x": unit.x, "x_adv": unit.example, "y": unit.y, "index": unit.index}
-            seen = sight.as_dict(watching.end())
+            seen = sight.as_dict(watching.end(len(unit.y), last=number == todo[-1]))
             ledger.write(number, rows, examples if self.save_examples else None, seen)
             estimate.done_images += len(unit.y)
             self.display.advance(len(unit.y))
