@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.evaluation import flags, results
-from holdfast.evaluation.ledger import Ledger
+from holdfast import distributed
+from holdfast.errors import Damaged
+from holdfast.evaluation import flags, results, sight
+from holdfast.evaluation.ledger import SEARCH, Ledger
+from holdfast.runs.files import write_json, write_text
+from holdfast.threat import ThreatModel
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,51 @@ class Result:
 
     def __str__(self) -> str:
         return results.in_words(self.summary)
+
+
+def conclude(
+    ledger: Ledger,
+    rows: Sequence[Mapping[str, Any]],
+    seen: Sequence[Mapping[str, Any]],
+    raised: Sequence[flags.Flag],
+    *,
+    threat: ThreatModel | None,
+) -> Result:
+    """Sum up a finished evaluation, and write the summary, the flags, the table and the log into its folder.
+
+    Args:
+        ledger: Where it was kept.
+        rows: All of them.
+        seen: What was seen of the search of each unit.
+        raised: Flags that the probes raised.
+        threat: The ball; None where no flag is to be raised from the rows.
+
+    Raises:
+        HoldfastError: the folder is gone, or what was seen is damaged.
+    """
+    whole = _whole(ledger, seen)
+    every = [*raised, *sight.flags_of(whole, raised)]
+    every += [] if threat is None else flags.from_rows(rows, threat=threat)
+    told, protocol = [flags.as_dict(flag) for flag in every], ledger.protocol
+    summary = results.summarize(rows, protocol, told)
+    summary["passes"]["checking"] = whole.passes / max(1, len(rows))
+    summary = {**summary, "about": protocol["about"], "notes": protocol["notes"]}
+    log = results.log(summary, protocol) + "".join(f"note: {note}\n" for note in protocol["notes"])
+    with distributed.refused_together():
+        if ledger.path is not None and distributed.rank() == 0:
+            ledger.check()
+            write_json(ledger.path / "flags.json", {"flags": told})
+            write_json(ledger.path / "summary.json", summary)
+            write_text(ledger.path / "images.csv", results.images_csv(rows))
+            write_text(ledger.path / "log.txt", log)
+            ledger.check()
+    return Result(summary, rows, every, ledger.path, log, ledger)
+
+
+def _whole(ledger: Ledger, seen: Sequence[Mapping[str, Any]]) -> sight.Sight:
+    """What was seen of all searches."""
+    try:
+        return sight.together(seen)
+    except TypeError:
+        advice = f"delete {ledger.path} and evaluate again"
+        raise Damaged(f"{ledger.path and ledger.path / SEARCH} is damaged", advice) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,18 +15,19 @@ from torch import Tensor, nn
 
 from holdfast import __version__, distributed
 from holdfast.attacks.stepwise import StepwiseAttack
-from holdfast.errors import Damaged, HoldfastError
-from holdfast.evaluation import fingerprint, flags, probes, results, sight
+from holdfast.errors import HoldfastError
+from holdfast.evaluation import fingerprint, flags, probes, sight
 from holdfast.evaluation.estimate import Estimate
 from holdfast.evaluation.inputs import Inputs, as_inputs, check_logits, chosen
 from holdfast.evaluation.landmarks import Landmarks
-from holdfast.evaluation.ledger import PROTOCOL, SEARCH, Ledger
+from holdfast.evaluation.ledger import PROTOCOL, Ledger
 from holdfast.evaluation.networks import Deciding, Searching, Speed
 from holdfast.evaluation.paths import undisturbed
 from holdfast.evaluation.probed_model import left_as_it_was
 from holdfast.evaluation.protocols import Options, Protocol, adaptations, protocol_of
 from holdfast.evaluation.pursuit import Pursuit, Rules
 from holdfast.evaluation.result import Result as Result
+from holdfast.evaluation.result import conclude
 from holdfast.evaluation.unit import Unit, rows_of
 from holdfast.evaluation.watch import Watch
 from holdfast.interruption import Interruption, Stopped
@@ -34,7 +35,7 @@ from holdfast.keyed_random import Key, permutation
 from holdfast.models.adapted import for_evaluation
 from holdfast.models.outputs import noticed
 from holdfast.progress_display import Display
-from holdfast.runs.files import read_json, write_json, write_text
+from holdfast.runs.files import read_json, write_json
 from holdfast.runs.lock import locked
 from holdfast.threat import ThreatModel
 
@@ -233,7 +234,7 @@ class Plan:
             seconds = (time.monotonic() - started) / len(unit.y)
             rows = rows_of(unit, self.protocol.attacks, seconds, deciding, self.threat.epsilon)
             examples = {"x": unit.x, "x_adv": unit.example, "y": unit.y, "index": unit.index}
-            seen = sight.as_dict(watching.end())
+            seen = sight.as_dict(watching.end(len(unit.y), last=number == todo[-1]))
             ledger.write(number, rows, examples if self.save_examples else None, seen)
             estimate.done_images += len(unit.y)
             self.display.advance(len(unit.y))
@@ -294,7 +295,6 @@ class Plan:
     def _result(self, ledger: Ledger, raised: Sequence[flags.Flag]) -> Result:
         """Merge what all processes found, and write the summary."""
         distributed.barrier()
-        protocol = ledger.protocol
         if ledger.path is None:
             for kept in distributed.gather_objects(ledger.kept):
                 ledger.kept.update(kept)
@@ -311,31 +311,7 @@ class Plan:
             self.display.say(
                 f"files of {ledger.path} are used unchecked, without a .sha256 beside them (older versions wrote none)"
             )
-        whole = self._seen(ledger, seen)
-        every = [*raised, *sight.flags_of(whole, raised)]
-        every += flags.from_rows(rows, threat=self.threat) if self.probe else []
-        told = [flags.as_dict(flag) for flag in every]
-        summary = results.summarize(rows, protocol, told)
-        summary["passes"]["checking"] = whole.passes / max(1, len(rows))
-        summary = {**summary, "about": protocol["about"], "notes": protocol["notes"]}
-        log = results.log(summary, protocol) + "".join(f"note: {note}\n" for note in protocol["notes"])
-        with distributed.refused_together():
-            if ledger.path is not None and distributed.rank() == 0:
-                ledger.check()
-                write_json(ledger.path / "flags.json", {"flags": told})
-                write_json(ledger.path / "summary.json", summary)
-                write_text(ledger.path / "images.csv", results.images_csv(rows))
-                write_text(ledger.path / "log.txt", log)
-                ledger.check()
-        return Result(summary, rows, every, ledger.path, log, ledger)
-
-    def _seen(self, ledger: Ledger, seen: Sequence[Mapping[str, Any]]) -> sight.Sight:
-        """What was seen of all searches."""
-        try:
-            return sight.together(seen)
-        except TypeError:
-            advice = f"delete {ledger.path} and evaluate again"
-            raise Damaged(f"{ledger.path and ledger.path / SEARCH} is damaged", advice) from None
+        return conclude(ledger, rows, seen, raised, threat=self.threat if self.probe else None)
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from holdfast.errors import HoldfastError
 from holdfast.evaluation.agreement import HALF, gradients_apart, logits_apart, moved
-from holdfast.evaluation.landmarks import Landmarks
+from holdfast.evaluation.landmarks import ENOUGH, Landmarks
 from holdfast.evaluation.networks import Deciding, Pass, SearchFailed, Searching, Trouble
 from holdfast.evaluation.paths import told, undisturbed
 from holdfast.evaluation.sight import Sight
@@ -50,7 +50,7 @@ class Watch:
     def __init__(
         self, searching: Searching, deciding: Deciding, key: Key, *, looks: bool, landmarks: Landmarks | None = None
     ) -> None:
-        self.landmarks = landmarks if looks else None
+        self.landmarks, self.images = landmarks if looks else None, 0
         self.searching, self.deciding, self.key, self.looks = searching, deciding, key, looks
         judge = searching.judge
         self.tolerance = HALF if searching.low else judge.tolerance
@@ -193,12 +193,18 @@ class Watch:
         self.sight.backward += len(points) if want == "gradient" else 0
         return done.logits, done.gradient
 
-    def end(self) -> Sight:
-        """A unit is done: what was seen of it."""
+    def end(self, images: int, *, last: bool = True) -> Sight:
+        """A unit is done: what was seen of it.
+
+        Landmarks are asked about once in as many images as there are landmarks, so that small units cost no more, and
+        after the last unit.
+        """
         sight, trouble = self.sight, self.searching.trouble
         if self.first is not None:
             self._again(*self.first)
-        if self.landmarks is not None:
+        self.images += images
+        if self.landmarks is not None and (last or self.images >= len(self.landmarks.points)):
+            self.images = 0
             self._revisit(self.landmarks)
         sight.cut, sight.cut_says = trouble.cut, trouble.why
         sight.size, sight.size_says = trouble.size, trouble.fails
@@ -234,8 +240,8 @@ class Watch:
         sight.forward += len(changed)
         sight.again += len(changed)
         sight.again_apart += int(changed.sum())
-        if not self.searching.differentiable:
-            return  # another flag says so
+        if not self.searching.differentiable or len(changed) < ENOUGH:
+            return  # another flag says so, or nothing would be said of so few
 
         def quiet(x: Tensor) -> Tensor:
             with undisturbed(judge.model, x.device):
@@ -264,8 +270,7 @@ class Watch:
         sight.edges += len(apart)
         sight.edges_apart += int(apart.sum())
         sight.slope_rows += slopes.rows
-        if slopes.rows >= 2:
-            sight.slope = min(sight.slope, slopes.cosine)
+        sight.slope = min(sight.slope, slopes.cosine)
 
     def failed(self, attack: str, error: SearchFailed) -> None:
         """An attack ended because the network could not be run."""
