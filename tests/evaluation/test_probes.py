@@ -99,7 +99,7 @@ def test_nothing_is_changed_by_an_exception(honest: nn.Module, images: Batch) ->
     model = Fails(honest).eval()
     before = state_of(model)
     draws = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
-    with pytest.raises(KeyError):
+    with pytest.raises(HoldfastError, match="no more"):
         probed(model, images)
     assert same(before, state_of(model))
     assert torch.equal(draws[0], torch.get_rng_state())
@@ -332,6 +332,22 @@ def test_rounding_of_16_bits_depends_on_the_batch(
 
     flag = probes._batch_dependent(subject(Rounds(), images))
     assert (flag is not None) == told
+
+
+@pytest.mark.parametrize("error", [RuntimeError("all at once"), AttributeError("all at once"), OSError("all at once")])
+@pytest.mark.parametrize("calls", [3, 30, 60])
+def test_a_model_that_ends_in_the_middle(honest: nn.Module, images: Batch, calls: int, error: Exception) -> None:
+    """One line, wherever it is."""
+    left = [calls]
+
+    def count(x: Tensor) -> Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return x
+
+    with pytest.raises(HoldfastError, match=r"^the model cannot run on .*all at once"):
+        probed(Around(honest, count), images)
 
 
 def test_a_model_of_one_batch_size_only(honest: nn.Module, images: Batch) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from holdfast.evaluation.running import logits_from
 from holdfast.forward import View
 from holdfast.keyed_random import Key, uniform
 
@@ -139,7 +140,7 @@ def computes_in_halves(view: View, x: Tensor) -> bool:
         True
     """
     with _Halves() as mode:
-        view(x.clone())
+        logits_from(view, x.clone())
     return mode.seen or any(tensor.dtype in HALVES for tensor in (*view.model.parameters(), *view.model.buffers()))
 
 

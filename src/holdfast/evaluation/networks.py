@@ -13,7 +13,8 @@ from holdfast.compilation import compile_in_place
 from holdfast.errors import HoldfastError
 from holdfast.evaluation.agreement import HALF
 from holdfast.evaluation.folding import folded
-from holdfast.evaluation.paths import Judge, Path, backward, chosen, deciding_view, plain_copy, told
+from holdfast.evaluation.paths import Judge, Path, backward, chosen, deciding_view, plain_copy
+from holdfast.evaluation.running import logits_from, told
 from holdfast.models.adapted import is_scripted
 
 PRECISIONS = ("fp32", "bf16")
@@ -67,23 +68,11 @@ class Deciding:
     def __call__(self, x: Tensor, batch_size: int | None = None) -> Tensor:
         """Logits (R, K), in batches."""
         with torch.autocast(x.device.type, enabled=False):
-            parts = [self._logits(part) for part in x.split(batch_size or self.batch_size)]
+            parts = [
+                logits_from(self.view, part.to(self.dtype, copy=True))  # it may write into its input
+                for part in x.split(batch_size or self.batch_size)
+            ]
         return torch.cat(parts).to(x.dtype)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        """Of one batch; a copy is run, because a model may write into its input."""
-        try:
-            return self.view(x.to(self.dtype, copy=True)).logits
-        except HoldfastError:
-            raise
-        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if "out of memory" in str(error):
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise HoldfastError(
-                f"the model cannot run on {len(x)} image{'s' * (len(x) > 1)} of shape {tuple(x.shape[1:])}: {reason};"
-                " in evaluation mode it must take any number of them"
-            ) from error
 
 
 @dataclass

@@ -27,6 +27,7 @@ from holdfast.evaluation.agreement import (
     tolerance_of,
 )
 from holdfast.evaluation.draws import begin_draws, left_as_it_was
+from holdfast.evaluation.running import logits_from, told
 from holdfast.forward import View
 from holdfast.keyed_random import Key, normal
 from holdfast.models.adapted import is_scripted
@@ -157,7 +158,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _viewed(view: View) -> Callable[[Tensor], Tensor]:
-    return lambda images: view(images).logits
+    return lambda images: logits_from(view, images)
 
 
 @dataclass
@@ -344,14 +345,6 @@ def _least_bad(judge: Judge, tried: Sequence[tuple[Path, Answers]]) -> Choice:
         return Choice(path, answers.alive, answers.reason, "")
     differs = judge.contradiction or "its logits are others where a gradient is asked for"
     return Choice(judge.path, True, "", differs)
-
-
-def told(error: Exception) -> str:
-    """The first line of what a network's code raised; an error of memory is raised again."""
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
-        raise error
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:120]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from holdfast.evaluation.agreement import computes_in_halves
 from holdfast.evaluation.draws import begin_draws
 from holdfast.evaluation.draws import left_as_it_was as left_as_it_was
 from holdfast.evaluation.networks import Searching, Speed
-from holdfast.evaluation.paths import told
+from holdfast.evaluation.running import CannotRun, logits_from, told
 from holdfast.forward import View
 from holdfast.functional import margin, misclassified
 from holdfast.keyed_random import Key
@@ -49,7 +49,7 @@ class ProbedModel:
     @torch.no_grad()
     def raw(self, x: Tensor) -> Tensor:
         """What the model returns; it gets a copy, because it may write into its input."""
-        return self.view(x.to(self.dtype, copy=True)).logits.to(x.dtype)
+        return logits_from(self.view, x.to(self.dtype, copy=True)).to(x.dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         """The same with numbers in place of NaN and infinity."""
@@ -125,15 +125,13 @@ def probed_model(model: nn.Module, x: Tensor, y: Tensor, index: Tensor, threat: 
     copies = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
     views = (replace(detached, state={**(detached.state or {}), **copies}), View(model))
-    first: Exception | None = None
+    first: CannotRun | None = None
     for view in views:  # some models, scripted ones for example, take no weights from outside
         probed = ProbedModel(model, view, x, y, index, threat, key, dtype)
         probed.seed()
         try:
             probed.outputs = probed.raw(x)
-        except (HoldfastError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever a person's forward raises
+        except CannotRun as error:
             first = first or error
             continue
         classes = probed.outputs.shape[1]
@@ -145,14 +143,9 @@ def probed_model(model: nn.Module, x: Tensor, y: Tensor, index: Tensor, threat: 
         return probed
     assert first is not None  # both failed
     raise HoldfastError(
-        f"the model cannot run on images of shape {tuple(x.shape[1:])}: {first_line(first)}; check channels, image"
+        f"the model cannot run on images of shape {tuple(x.shape[1:])}: {first.reason}; check channels, image"
         " size and type"
     ) from first
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:120]
 
 
 def finite(tensor: Tensor) -> Tensor:

@@ -23,11 +23,11 @@ from holdfast.evaluation.probed_model import (
     count,
     direction,
     finite,
-    first_line,
     left_as_it_was,
     probed_model,
     unit,
 )
+from holdfast.evaluation.running import CannotRun
 from holdfast.evaluation.saturation import withstands_saturation
 from holdfast.functional import correct
 from holdfast.keyed_random import Key
@@ -243,10 +243,8 @@ def _in_other_batches(probed: ProbedModel, x: Tensor, answers: Tensor, what: str
             order = torch.arange(n - 1, -1, -1, device=x.device)
             parts = [part for part in order.tensor_split([1, 1 + n // 4]) if len(part)]
             other = torch.cat([probed.logits(x[part]) for part in parts])[order]
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError) as error:
-        says = f"the model fails on a batch of another size: {first_line(error)}"
+    except CannotRun as error:
+        says = f"the model fails on a batch of another size: {error.reason}"
         return Flag("batch-dependent", says, "serious", {"n": n})
     apart = (unit(other) - unit(answers)).norm(dim=1)
     tolerance = BATCH_TOLERANCE_IN_HALVES if probed.halves else BATCH_TOLERANCE

@@ -17,7 +17,8 @@ from holdfast.errors import HoldfastError
 from holdfast.evaluation.agreement import HALF, gradients_apart, logits_apart, moved
 from holdfast.evaluation.landmarks import ENOUGH, Landmarks
 from holdfast.evaluation.networks import Deciding, Pass, SearchFailed, Searching, Trouble
-from holdfast.evaluation.paths import told, undisturbed
+from holdfast.evaluation.paths import undisturbed
+from holdfast.evaluation.running import told
 from holdfast.evaluation.sight import Sight
 from holdfast.keyed_random import Key
 
