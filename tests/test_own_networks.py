@@ -104,7 +104,10 @@ def _scripts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @scripted
-@pytest.mark.parametrize("kind", ["scripted", "traced", "frozen", "wrapped", "a child"])
+@pytest.mark.parametrize(
+    "kind",
+    ["scripted", "frozen", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("traced", "wrapped", "a child"))],
+)
 def test_torchscript_is_evaluated(kind: str, trained: nn.Sequential) -> None:
     """Every verdict and flag is that of the Python module, in low precision too; nothing of the script changes."""
     model = _scripts(trained)[kind]

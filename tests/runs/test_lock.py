@@ -336,12 +336,13 @@ def test_a_run_whose_folder_goes(
 @pytest.mark.parametrize("when", ["in the first unit", "in the second unit", "before the summary", "after the log"])
 def test_an_evaluation_whose_folder_goes(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same."""
-    from holdfast.evaluation import results, robustness
+    from holdfast.evaluation import result as conclusion
+    from holdfast.evaluation import results
 
     out, calls = tmp_path / "evaluation", []
     owners: dict[str, tuple[Any, str]] = {
         "before the summary": (results, "summarize"),
-        "after the log": (robustness, "write_text"),  # the second of its files, after images.csv
+        "after the log": (conclusion, "write_text"),  # the second of its files, after images.csv
     }
     owner, name = owners.get(when, (Pursuit, "run"))
     before = getattr(owner, name)

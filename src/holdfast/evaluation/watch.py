@@ -249,11 +249,8 @@ class Watch:
                 return self.deciding(x)
 
         def gradient(x: Tensor) -> Tensor:
-            weights = landmarks.weights
             with undisturbed(judge.model, x.device):
-                done = self.searching.run(
-                    x, lambda logits: (logits * weights.to(logits)).sum(1), "gradient", fast=False
-                )
+                done = self.searching.run(x, landmarks.weighed, "gradient", fast=False)
             sight.forward += len(x)
             sight.backward += len(x)
             return torch.zeros_like(x) if done.gradient is None else done.gradient
