@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,7 +114,7 @@ def _named_model(
 
 def load_initial(network: nn.Module, init: str | Path) -> tuple[str, ...]:
     """Begin from the weights of a run, a model folder or a file, and return what should be told."""
-    source = init if names_weights(init) or Path(init).is_dir() else model_folder(Path(init))  # refused: nothing there
+    source = init if names_weights(init) or os.path.isdir(init) else model_folder(Path(init))  # refused: nothing there
     return load_foreign(network, source)
 
 

@@ -162,21 +162,28 @@ class Ledger:
         return read_rows(self._unit_file(number), advice=advice, unchecked=self.unchecked.append)
 
     def seen_of(self, number: int) -> dict[str, Any]:
-        """What was seen of a finished unit's search; nothing where that was not written down.
+        """What was seen of a finished unit's search; nothing in a folder of an older version, which wrote none of it.
 
         Raises:
-            Damaged: it was damaged.
+            Damaged: it was damaged, or is missing though other units have it.
         """
         if self.path is None:
             return self.seen.get(number, {})
         file = self._seen_file(number)
-        return read_json(file, advice=self._anew) if file.is_file() else {}
+        if file.is_file():
+            return read_json(file, advice=self._anew)
+        if any(file.parent.glob("*.json")):
+            raise Damaged(f"{file} is missing", self._anew)
+        return {}
 
     def seen_of_all(self, units: int) -> list[dict[str, Any]]:
         """What was seen of all searches; with a folder, in one file from now on."""
         file = None if self.path is None else self.path / SEARCH
         if file is not None and self.finished:
-            every = read_json(file, advice=self._anew).get("units") if file.is_file() else []
+            if not file.is_file():
+                self._require_older(file)
+                return []
+            every = read_json(file, advice=self._anew).get("units")
             if not isinstance(every, list) or not all(isinstance(each, dict) for each in every):
                 raise Damaged(f"{file} is damaged: it does not say what was seen of the search", self._anew)
             return every
@@ -185,6 +192,13 @@ class Ledger:
             self.check()
             write_json(file, {"units": every})
         return every
+
+    def _require_older(self, file: Path) -> None:
+        """Refuse a finished evaluation without the file of what was seen, unless an older version wrote it."""
+        summary = file.with_name("summary.json")
+        passes = read_json(summary, advice=self._anew).get("passes") if summary.is_file() else None
+        if isinstance(passes, dict) and "checking" in passes:
+            raise Damaged(f"{file} is missing", self._anew)
 
     def check_examples(self, number: int) -> None:
         """Look whether a unit's saved examples are as they were written, without keeping them in memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def names_weights(source: str | Path) -> bool:
         (True, True, False)
     """
     path, _ = file_and_key(source)
-    return not path.is_dir() and (path.suffix.lower() in SUFFIXES or is_regular(path))
+    return not os.path.isdir(path) and (path.suffix.lower() in SUFFIXES or is_regular(path))
 
 
 def foreign_weights(source: str | Path) -> ForeignWeights:
@@ -89,7 +90,7 @@ def foreign_weights(source: str | Path) -> ForeignWeights:
         HoldfastError: missing, damaged, or no state.
     """
     path, key = file_and_key(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         _refuse_other_folders(path)
         folder = model_folder(path)
         return ForeignWeights({**read_weights(folder / WEIGHTS), **read_description(folder).get("extra_state", {})})
@@ -122,7 +123,9 @@ def file_and_key(source: str | Path) -> tuple[Path, str | None]:
         (PosixPath('net.pt'), 'ema')
     """
     path, (head, colon, key) = Path(source), str(source).rpartition(":")
-    if not colon or not head or not key or "/" in key or path.exists():
+    if (
+        not colon or not head or not key or "/" in key or os.path.exists(path)
+    ):  # False for what the system cannot look at
         return path, None
     return Path(head), key
 
