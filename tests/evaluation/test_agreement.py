@@ -29,6 +29,7 @@ from holdfast.evaluation.sight import Sight, flags_of, from_dict, together
 from holdfast.evaluation.watch import Watch
 from holdfast.forward import View
 from holdfast.keyed_random import Key
+from holdfast.runs.files import read_json, write_json
 
 
 @pytest.fixture
@@ -574,7 +575,12 @@ def test_what_was_seen_outlives_a_kill(tmp_path: File, monkeypatch: pytest.Monke
         with pytest.raises(Damaged, match=r"search.json"):
             attacked(make(), out=tmp_path / "e", unit=20)
     file.unlink()
-    assert serious(attacked(make(), out=tmp_path / "e", unit=20)) == []  # as an older version left it
+    with pytest.raises(Damaged, match=r"search.json is missing"):
+        attacked(make(), out=tmp_path / "e", unit=20)
+    summary = read_json(tmp_path / "e" / "summary.json")
+    del summary["passes"]["checking"]  # as an older version left it
+    write_json(tmp_path / "e" / "summary.json", summary)
+    assert serious(attacked(make(), out=tmp_path / "e", unit=20)) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- the probes

@@ -115,6 +115,7 @@ class Ledger:
             return False
         try:
             self.rows_of(number)
+            self._require_seen(number)
             self.seen_of(number)
             if examples:
                 self.check_examples(number)
@@ -165,16 +166,19 @@ class Ledger:
         """What was seen of a finished unit's search; nothing in a folder of an older version, which wrote none of it.
 
         Raises:
-            Damaged: it was damaged, or is missing though other units have it.
+            Damaged: it was damaged.
         """
         if self.path is None:
             return self.seen.get(number, {})
         file = self._seen_file(number)
-        if file.is_file():
-            return read_json(file, advice=self._anew)
-        if any(file.parent.glob("*.json")):
-            raise Damaged(f"{file} is missing", self._anew)
-        return {}
+        return read_json(file, advice=self._anew) if file.is_file() else {}
+
+    def _require_seen(self, number: int) -> None:
+        """Refuse a unit without the file of what was seen of its search, though other units have theirs."""
+        if self.path is not None:
+            file = self._seen_file(number)
+            if not file.is_file() and any(file.parent.glob("*.json")):
+                raise Damaged(f"{file} is missing", self._anew)
 
     def seen_of_all(self, units: int) -> list[dict[str, Any]]:
         """What was seen of all searches; with a folder, in one file from now on."""
