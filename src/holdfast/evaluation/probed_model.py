@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
@@ -14,6 +14,7 @@ from holdfast.evaluation.agreement import computes_in_halves
 from holdfast.evaluation.draws import begin_draws
 from holdfast.evaluation.draws import left_as_it_was as left_as_it_was
 from holdfast.evaluation.networks import Searching, Speed
+from holdfast.evaluation.paths import deciding_view
 from holdfast.evaluation.running import CannotRun, logits_from, told
 from holdfast.forward import View
 from holdfast.functional import margin, misclassified
@@ -120,32 +121,25 @@ class ProbedModel:
 
 
 def probed_model(model: nn.Module, x: Tensor, y: Tensor, index: Tensor, threat: ThreatModel, key: Key) -> ProbedModel:
-    """The model in a view that runs it, with its outputs for the images."""
-    detached = View(model).detached()
-    copies = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    """The model as it decides, with its outputs for the images."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
-    views = (replace(detached, state={**(detached.state or {}), **copies}), View(model))
-    first: CannotRun | None = None
-    for view in views:  # some models, scripted ones for example, take no weights from outside
-        probed = ProbedModel(model, view, x, y, index, threat, key, dtype)
-        probed.seed()
-        try:
-            probed.outputs = probed.raw(x)
-        except CannotRun as error:
-            first = first or error
-            continue
-        classes = probed.outputs.shape[1]
-        if probed.outputs.shape[0] != len(x) or classes < 2 or not 0 <= int(y.min()) <= int(y.max()) < classes:
-            raise HoldfastError(
-                f"the model returned shape {tuple(probed.outputs.shape)} for {len(x)} images with labels in"
-                f" [{int(y.min())}, {int(y.max())}]: return one row an image, one logit a class, at least two"
-            )
-        return probed
-    assert first is not None  # both failed
-    raise HoldfastError(
-        f"the model cannot run on images of shape {tuple(x.shape[1:])}: {first.reason}; check channels, image"
-        " size and type"
-    ) from first
+    probed = ProbedModel(model, deciding_view(model), x, y, index, threat, key, dtype)
+    probed.seed()
+    try:
+        outputs = probed.raw(x)
+    except CannotRun as error:
+        raise HoldfastError(
+            f"the model cannot run on images of shape {tuple(x.shape[1:])}: {error.reason}; check channels, image"
+            " size and type"
+        ) from error
+    classes = outputs.shape[1]
+    if outputs.shape[0] != len(x) or classes < 2 or not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise HoldfastError(
+            f"the model returned shape {tuple(outputs.shape)} for {len(x)} images with labels in"
+            f" [{int(y.min())}, {int(y.max())}]: return one row an image, one logit a class, at least two"
+        )
+    probed.outputs = outputs
+    return probed
 
 
 def finite(tensor: Tensor) -> Tensor:
