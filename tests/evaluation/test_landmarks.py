@@ -43,7 +43,7 @@ def gradient_of(network: Callable[[Tensor], Tensor], marks: Landmarks) -> Callab
     def gradient(x: Tensor) -> Tensor:
         with torch.enable_grad():
             point = x.detach().clone().requires_grad_(True)
-            return torch.autograd.grad(marks.weighed(network(point)).sum(), point)[0]
+            return torch.autograd.grad((network(point) * marks.weights).sum(), point)[0]
 
     return gradient
 

@@ -71,10 +71,6 @@ class Landmarks:
         self.logits = deciding(self.points)
         self.weights = normal(key.fold("weights"), self.rows, self.logits.shape[1:], dtype=x.dtype)
 
-    def weighed(self, logits: Tensor) -> Tensor:
-        """The weighted sum of each row's logits, (n,)."""
-        return (logits * self.weights.to(logits)).sum(1)
-
     def changed(self, deciding: Network, tolerance: float) -> Tensor:
         """Which points are answered otherwise than at first, (n,) bool."""
         return logits_apart(deciding(self.points), self.logits) > tolerance

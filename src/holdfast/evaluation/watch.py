@@ -7,7 +7,8 @@ answered at the very beginning. What is seen is written beside the unit, so that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -171,17 +172,28 @@ class Watch:
         """The search's answer to points a little aside, where no pixels are tied and no unit is just at its kink."""
         aside = moved(point, self.attack_key.fold("aside", self.count))
         want = "logits" if done.gradient is None else "gradient"
-        trouble = self.searching.trouble
-        self.searching.trouble = Trouble()  # what is seen is not the attack's
         try:
-            again = self.searching.run(aside, lambda logits: (logits * weights).sum(1), want, fast=fast)
+            with self._set_aside():
+                return aside, self._run(aside, weights, want, fast=fast)
         except SearchFailed:
             return None
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """What goes wrong in passes made for looking is not the attack's."""
+        trouble = self.searching.trouble
+        self.searching.trouble = Trouble()
+        try:
+            yield
         finally:
             self.searching.trouble = trouble
-        self.sight.forward += len(point)
-        self.sight.backward += len(point) if want == "gradient" else 0
-        return aside, again
+
+    def _run(self, x: Tensor, weights: Tensor, want: str, *, fast: bool = False) -> Pass:
+        """A pass of the search with weighted logits as its loss, counted."""
+        done = self.searching.run(x, lambda logits: (logits * weights.to(logits)).sum(1), want, fast=fast)
+        self.sight.forward += len(x)
+        self.sight.backward += len(x) if want == "gradient" else 0
+        return done
 
     def _ask_first(self) -> tuple[Tensor, Tensor | None]:
         """What the search answers to a few of the points that it was compared on."""
@@ -189,9 +201,7 @@ class Watch:
         points, weights = judge.points[::AGAIN], judge.weights[::AGAIN]
         want = "gradient" if self.searching.differentiable else "logits"
         with undisturbed(judge.model, points.device):
-            done = self.searching.run(points, lambda logits: (logits * weights.to(logits)).sum(1), want, fast=False)
-        self.sight.forward += len(points)
-        self.sight.backward += len(points) if want == "gradient" else 0
+            done = self._run(points, weights, want)
         return done.logits, done.gradient
 
     def end(self, images: int, *, last: bool = True) -> Sight:
@@ -250,20 +260,15 @@ class Watch:
 
         def gradient(x: Tensor) -> Tensor:
             with undisturbed(judge.model, x.device):
-                done = self.searching.run(x, landmarks.weighed, "gradient", fast=False)
-            sight.forward += len(x)
-            sight.backward += len(x)
+                done = self._run(x, landmarks.weights, "gradient")
             return torch.zeros_like(x) if done.gradient is None else done.gradient
 
-        trouble = self.searching.trouble
-        self.searching.trouble = Trouble()  # what is seen is not the attack's
         try:
-            slopes = landmarks.slopes(quiet, gradient, halves=judge.tolerance is HALF)
-            apart = landmarks.edges(gradient) > judge.tolerance.gradients
+            with self._set_aside():
+                slopes = landmarks.slopes(quiet, gradient, halves=judge.tolerance is HALF)
+                apart = landmarks.edges(gradient) > judge.tolerance.gradients
         except SearchFailed:
             return
-        finally:
-            self.searching.trouble = trouble
         sight.forward += slopes.forward
         sight.edges += len(apart)
         sight.edges_apart += int(apart.sum())
