@@ -21,6 +21,7 @@ from holdfast.forward import Batch, View, Views
 from holdfast.objectives.base import Objective
 from holdfast.recipe import SGD, Recipe
 from holdfast.schedule import Progress
+from holdfast.step import AdversarialStep
 from holdfast.threat import Linf
 from holdfast.views.base import Search, ViewTransform
 from holdfast.views.split_batchnorm import SplitBatchNorm
@@ -170,3 +171,18 @@ class CountedFlops(TorchDispatchMode):
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
+
+
+LATE = Progress(step=19, epoch=5, epochs=6, steps_per_epoch=4, stage=3, measured={"clean_accuracy": 0.8})
+"""When all of a method is on."""
+
+
+def prepared_step(recipe: Recipe, model: nn.Module, batch: Batch, precision: str) -> Any:
+    """The step that a run of the recipe takes, with its own parts drawn from one seed and its optimisers made."""
+    torch.manual_seed(3)  # predictors and the strategy network draw their weights
+    recipe.objective.prepare(model, batch.x[:2], IMAGES)
+    if isinstance(recipe.attack, AttackWithMemory):
+        recipe.attack.prepare(model, batch.x[:2], IMAGES)
+    step: Any = (recipe.step or AdversarialStep)(recipe, model, precision=precision)
+    step.optimizers()
+    return step

@@ -13,7 +13,6 @@ from torch.nn.utils import parametrizations
 
 from conftest import small_batch, small_network
 from holdfast import recipes
-from holdfast.attacks.base import AttackWithMemory
 from holdfast.attacks.pgd import PGD
 from holdfast.data.images import Images
 from holdfast.evaluation.accuracy import accuracies
@@ -24,7 +23,7 @@ from holdfast.models.factory import build
 from holdfast.schedule import Progress
 from holdfast.step import AdversarialStep
 from holdfast.threat import Linf
-from parts import IMAGES, small_recipe
+from parts import LATE, prepared_step, small_recipe
 
 RECIPES = ("trades", "awp", "iseat", "ar_at", "fgsm_pgi")
 
@@ -136,14 +135,8 @@ def test_what_runs_under_autocast_runs_in_a_step(kind: str, name: str) -> None:
     batch, losses = small_batch(), []
     for precision in ("fp32", "bf16"):
         model, recipe = made(kind), recipes.RECIPES[name](epsilon=0.1)
-        torch.manual_seed(3)
-        recipe.objective.prepare(model, batch.x[:2], IMAGES)
-        if isinstance(recipe.attack, AttackWithMemory):
-            recipe.attack.prepare(model, batch.x[:2], IMAGES)
-        step = (recipe.step or AdversarialStep)(recipe, model, precision=precision)
-        step.optimizers()
-        where = Progress(step=19, epoch=5, epochs=6, steps_per_epoch=4, stage=3, measured={"clean_accuracy": 0.8})
-        loss = step(batch, where)["loss"]
+        step = prepared_step(recipe, model, batch, precision)
+        loss = step(batch, LATE)["loss"]
         loss.backward()
         without = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
         assert not without, "a cast that was remembered from a forward without gradient cuts the graph"

@@ -21,7 +21,7 @@ from holdfast.models.taps import tapped
 from holdfast.schedule import Progress
 from holdfast.step import AdversarialStep
 from holdfast.threat import Linf
-from parts import IMAGES, MAKE_ATTACK, small_recipe
+from parts import IMAGES, LATE, MAKE_ATTACK, prepared_step, small_recipe
 from tiny_runs import FP32, tiny_recipe, toy
 
 RECIPES = ("standard", "pgd_at", "trades_awp", "rwp", "ar_at", "iseat", "piat_nmse", "las_at", "free_at", "fgsm_pgi")
@@ -57,16 +57,10 @@ def test_a_step_gives_the_same_loss_and_gradients(name: str, precision: str) -> 
     before = kept(batch)
     for writes in (False, True):
         model, recipe = network(writes), recipes.RECIPES[name](epsilon=0.1)
-        torch.manual_seed(3)  # predictors and the strategy network draw their weights
-        recipe.objective.prepare(model, batch.x[:2], IMAGES)
-        if isinstance(recipe.attack, AttackWithMemory):
-            recipe.attack.prepare(model, batch.x[:2], IMAGES)
-        step = (recipe.step or AdversarialStep)(recipe, model, precision=precision)
-        step.optimizers()
-        where = Progress(step=19, epoch=5, epochs=6, steps_per_epoch=4, stage=3, measured={"clean_accuracy": 0.8})
-        loss = step(batch, where)["loss"]
+        step = prepared_step(recipe, model, batch, precision)
+        loss = step(batch, LATE)["loss"]
         loss.backward()
-        step.after_backward(where)
+        step.after_backward(LATE)
         assert unchanged(batch, before)
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()])
     assert len(found[0]) == len(found[1])
