@@ -131,10 +131,7 @@ class Searching:
             self.precise, self.fast = replace(self.precise, leaf=True), replace(self.fast, leaf=True)
             self.compiled = self.padded = True
         self.trouble = Trouble()
-        self.largest = {
-            True: self.batch_size,
-            False: self.batch_size,
-        }  # rows that run together, with a graph and without
+        self.largest = dict.fromkeys((True, False), self.batch_size)  # rows that run together, with a graph or without
 
     def _copies(self, model: nn.Module, x: Tensor, fold: bool) -> Iterator[Path]:
         """Copies in full precision, the fastest first."""

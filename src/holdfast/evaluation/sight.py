@@ -10,7 +10,7 @@ from holdfast.evaluation.agreement import FULL
 from holdfast.evaluation.flags import Flag
 
 EDGES = 0.25  # of the points: kinks
-SLOPE = 0.8  # honest networks lie above 0.95, whatever their layers
+SLOPE = 0.8  # honest networks lie above 0.9
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from holdfast.errors import HoldfastError
+from holdfast.models.modes import flagged
 
 _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -145,9 +146,7 @@ def initialise(model: nn.Module, images: Tensor, seed: int) -> tuple[str, ...]:
     try:
         with torch.random.fork_rng(devices=[first.device] if first.device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(seed)
-            for module, _ in flags:
-                module.training = False
-            model(images.to(device=first.device, dtype=first.dtype))
+            flagged(model, training=False)(images.to(device=first.device, dtype=first.dtype))
     except (RuntimeError, ValueError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HoldfastError(
